@@ -1,0 +1,1 @@
+"""One file per command: opens inputs, calls methods, writes a run folder."""

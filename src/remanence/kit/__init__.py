@@ -1,0 +1,1 @@
+"""What jobs share: images, models, training, the run folder, the report."""

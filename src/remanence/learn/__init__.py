@@ -1,0 +1,1 @@
+"""Networks and their training: methods of the `learn` room."""
