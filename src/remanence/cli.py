@@ -1,0 +1,107 @@
+"""The menu: which command is which job. Jobs are imported only when they are called."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import cyclopts
+from cyclopts import App
+
+from remanence.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ROOMS = {
+    "learn": "Train and sharpen networks.",
+}
+
+# command -> (job, one line of help): the help of the menu must not import the job.
+COMMANDS = {
+    ("reproduce",): (
+        "remanence.jobs.reproduce:reproduce",
+        "Run every paper's claim, small, with its control; write one report.",
+    ),
+    ("learn", "classifier"): (
+        "remanence.jobs.learn.classifier:classifier",
+        "Train an image classifier.",
+    ),
+    ("learn", "fixres"): (
+        "remanence.jobs.learn.fixres:fixres",
+        "Fix the train-test resolution discrepancy of a trained classifier.",
+    ),
+}
+
+
+def _version() -> str:
+    from remanence.kit.devices import device_name, versions
+
+    found = versions()
+    return (
+        f"remanence {found['remanence']}\nPython {found['python']}\n"
+        f"torch {found['torch']}\ndevice {device_name()}"
+    )
+
+
+def build() -> App:
+    """Build the command line.
+
+    Returns:
+        The application; `remanence --install-completion` sets up shell completion.
+    """
+    app = App(
+        name="remanence",
+        help="Fifteen published methods on what data leaves behind in a network.",
+        version=_version,
+        version_format="plaintext",
+        default_parameter=cyclopts.Parameter(negative=()),
+    )
+    rooms = {name: App(name=name, help=text) for name, text in ROOMS.items()}
+    for room in rooms.values():
+        app.command(room)
+    for path, (job, text) in COMMANDS.items():
+        parent = app if len(path) == 1 else rooms[path[0]]
+        parent.command(job, name=path[-1], help=text)
+    app.register_install_completion_command()
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: Command-line words; those of the process where None.
+
+    Returns:
+        Exit status: 0 done, 1 a claim does not hold, 2 bad input, 130 interrupted.
+    """
+    try:
+        result = build()(
+            sys.argv[1:] if arguments is None else arguments,
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+    except (InputError, cyclopts.CycloptsError) as error:
+        return _refuse(str(error))
+    except OSError as error:
+        # A full disk or a folder that cannot be written is the user's to mend; the rest is ours.
+        if error.errno is None or error.filename is None and error.strerror is None:
+            raise
+        return _refuse(f"{error.filename or 'writing'}: {error.strerror}")
+    except KeyboardInterrupt:
+        return 130
+    return int(getattr(result, "exit_status", 0))
+
+
+def _refuse(message: str) -> int:
+    # Of several processes, one speaks.
+    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        print(f"remanence: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201  # the one line a user reads
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

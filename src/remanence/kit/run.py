@@ -1,0 +1,216 @@
+"""The run folder: everything a command leaves behind, whole or not at all."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from remanence.errors import InputError
+from remanence.kit.devices import device_name, versions
+from remanence.kit.progress import say
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+@dataclass
+class RunFolder:
+    """An open run folder; written under `NAME.partial` and renamed when the job is done.
+
+    Attributes:
+        out: The folder's final path.
+        partial: Where it lies until then.
+        resumed: Whether an interrupted run goes on.
+        first: Whether this process is the one that writes.
+        facts: What `run.json` will hold.
+    """
+
+    out: Path
+    partial: Path
+    resumed: bool
+    first: bool
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def path(self, name: str) -> Path:
+        """Return the path of an artefact inside the folder."""
+        return self.partial / name
+
+    def log(self, **metrics: float | str) -> None:
+        """Append one line to `metrics.jsonl`."""
+        if self.first:
+            with self.path("metrics.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(metrics) + "\n")
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        """Return the lines of one stage of `metrics.jsonl`."""
+        path = self.path("metrics.jsonl")
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [row for row in map(json.loads, lines) if row.get("stage") == stage]
+
+    def summary(self) -> dict[str, str]:
+        """Return what a report says about how it came to be."""
+        given = " ".join(
+            f"--{name.replace('_', '-')} {value}"
+            for name, value in self.facts["options"].items()
+            if value not in (None, False)
+        )
+        return {
+            "command": f"remanence {self.facts['command']} {given}",
+            "seed": str(self.facts["seed"]),
+            "device": self.facts["device"],
+            "versions": ", ".join(f"{k} {v}" for k, v in self.facts["versions"].items()),
+            "started": self.facts["started"],
+        }
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Write the final figures to `results.json`."""
+        if self.first:
+            write_json(self.path("results.json"), results)
+
+    def save_state(self, name: str, state: dict[str, Any]) -> None:
+        """Write a checkpoint of tensors and plain values; the one before stays until it is whole."""
+        if self.first:
+            target = self.path(f"{name}.ckpt")
+            part = target.with_suffix(".part")
+            torch.save(state, part)
+            os.replace(part, target)
+
+    def load_state(self, name: str) -> dict[str, Any] | None:
+        """Return the checkpoint of an interrupted run, or None.
+
+        Raises:
+            InputError: The checkpoint is damaged.
+        """
+        target = self.path(f"{name}.ckpt")
+        if not (self.resumed and target.exists()):
+            return None
+        try:
+            state: dict[str, Any] = torch.load(target, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises whatever the broken bytes lead to
+            raise InputError(
+                f"{target}: damaged checkpoint; delete {self.partial} and start again"
+            ) from error
+        return state
+
+    def keep_metrics(self, steps: Mapping[str, int]) -> None:
+        """Drop metrics of a stage that were logged after its checkpoint, when a run goes on.
+
+        Args:
+            steps: Last step to keep, by stage.
+        """
+        path = self.path("metrics.jsonl")
+        if not (self.first and path.exists()):
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row.get("step", 0) <= steps.get(row.get("stage", ""), float("inf")):
+                kept.append(line + "\n")
+        path.write_text("".join(kept), encoding="utf-8")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file, indented and in the order given."""
+    path.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def run_folder(
+    out: Path,
+    command: str,
+    options: Mapping[str, Any],
+    *,
+    seed: int | None = None,
+    resume: bool = False,
+    rank: int = 0,
+) -> Iterator[RunFolder]:
+    """Open a run folder for the block and make it whole at the end.
+
+    Bad input removes what was begun. An interruption leaves `NAME.partial`, which `resume` takes
+    up again when it holds a checkpoint.
+
+    Args:
+        out: Folder to create.
+        command: The command, for `run.json`.
+        options: Its options; a resumed run must have the same.
+        seed: Seed, for `run.json`.
+        resume: Go on with an interrupted run.
+        rank: Rank of this process; only rank 0 writes.
+
+    Yields:
+        The open folder.
+
+    Raises:
+        InputError: The folder exists, cannot be written, or there is nothing to resume.
+    """
+    out = out.expanduser()
+    partial = out.with_name(out.name + ".partial")
+    plain = json.loads(json.dumps(dict(options), default=str))
+    run = RunFolder(out, partial, resume, first=rank == 0)
+    if run.first:
+        _open(run, plain)
+    run.facts |= {"command": command, "options": plain, "seed": seed, "versions": versions()}
+    run.facts |= {"device": device_name(), "threads": torch.get_num_threads()}
+    run.facts["started"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    started = time.perf_counter()
+    try:
+        if run.first:
+            write_json(partial / "run.json", run.facts)
+        yield run
+    except BaseException as error:
+        if run.first:
+            _abandon(run, error)
+        raise
+    if run.first:
+        run.facts["seconds"] = round(time.perf_counter() - started, 2)
+        write_json(partial / "run.json", run.facts)
+        for checkpoint in partial.glob("*.ckpt"):
+            checkpoint.unlink()
+        os.replace(partial, out)
+
+
+def _open(run: RunFolder, options: dict[str, Any]) -> None:
+    if run.out.exists():
+        raise InputError(f"{run.out}: already exists; choose another --out or remove it")
+    if run.resumed:
+        if not (run.partial / "run.json").exists():
+            raise InputError(f"{run.partial}: no interrupted run to resume; leave out --resume")
+        before = json.loads((run.partial / "run.json").read_text(encoding="utf-8"))["options"]
+        for name in sorted(before.keys() | options.keys()):
+            if before.get(name) != options.get(name):
+                raise InputError(
+                    f"--{name.replace('_', '-')}: the interrupted run in {run.partial} had "
+                    f"{before.get(name)!r}, not {options.get(name)!r}; give the same to resume"
+                )
+        return
+    if run.partial.exists():
+        if any(run.partial.glob("*.ckpt")):
+            raise InputError(
+                f"{run.partial}: an interrupted run lies here; pass --resume to go on with it, "
+                "or remove it"
+            )
+        shutil.rmtree(run.partial)
+    try:
+        run.partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"{run.out}: cannot be created ({error.strerror}); choose a folder you can write to"
+        ) from error
+
+
+def _abandon(run: RunFolder, error: BaseException) -> None:
+    if any(run.partial.glob("*.ckpt")) and not isinstance(error, InputError):
+        for part in run.partial.glob("*.part"):
+            part.unlink()
+        say(f"interrupted: {run.partial} is kept; the same command with --resume goes on")
+    elif not run.resumed:
+        shutil.rmtree(run.partial, ignore_errors=True)
