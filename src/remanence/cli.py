@@ -21,7 +21,7 @@ ROOMS = {
 # command -> (job, one line of help): the help of the menu must not import the job.
 COMMANDS = {
     ("reproduce",): (
-        "remanence.jobs.reproduce:reproduce",
+        "remanence.claims.reproduce:reproduce",
         "Run every paper's claim, small, with its control; write one report.",
     ),
     ("learn", "classifier"): (

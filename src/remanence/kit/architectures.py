@@ -27,7 +27,10 @@ def _cfg() -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {"cifar_resnet20": _cfg(), "cifar_resnet56": _cfg(), "cifar_convnet5": _cfg()}
+    {
+        name: _cfg()
+        for name in ("cifar_resnet20", "cifar_resnet56", "cifar_convnet5", "cifar_mobilenet")
+    }
 )
 
 
@@ -134,6 +137,38 @@ class CifarConvNet(_Net):
         self._finish(before, num_classes)
 
 
+class CifarMobileNet(_Net):
+    """Depthwise-separable convolutions ended by a 1x1 `conv_head`, as EfficientNets are."""
+
+    def __init__(self, num_classes: int = 10, in_chans: int = 3, width: int = 32) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [
+            nn.Conv2d(in_chans, width, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.SiLU(inplace=True),
+        ]
+        before = width
+        for after, stride in ((2 * width, 2), (2 * width, 1), (4 * width, 2), (4 * width, 1)):
+            layers += [
+                nn.Conv2d(before, before, 3, stride, 1, groups=before, bias=False),
+                nn.BatchNorm2d(before),
+                nn.SiLU(inplace=True),
+                nn.Conv2d(before, after, 1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.SiLU(inplace=True),
+            ]
+            before = after
+        self.features = nn.Sequential(*layers)
+        self.conv_head = nn.Conv2d(before, 6 * width, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(6 * width)
+        self.act2 = nn.SiLU(inplace=True)
+        self._finish(6 * width, num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, C, H/4, W/4)
+        out: Tensor = self.act2(self.bn2(self.conv_head(self.features(x))))
+        return out
+
+
 def _build(cls: type[_Net], name: str, pretrained: bool, **kwargs: Any) -> _Net:
     model: _Net = build_model_with_cfg(cls, name, pretrained, **kwargs)
     return model
@@ -155,3 +190,9 @@ def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> _Net:
 def cifar_convnet5(pretrained: bool = False, **kwargs: Any) -> _Net:
     """Five convolutions with batch norm, total stride 4; quick enough for two CPU cores."""
     return _build(CifarConvNet, "cifar_convnet5", pretrained, **kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]  # timm ships no types
+def cifar_mobilenet(pretrained: bool = False, **kwargs: Any) -> _Net:
+    """Depthwise-separable network with total stride 4, in the manner of an EfficientNet."""
+    return _build(CifarMobileNet, "cifar_mobilenet", pretrained, **kwargs)

@@ -55,7 +55,7 @@ class AugmentedImages(Dataset[tuple[torch.Tensor, int, int]]):
         # torchvision draws from torch's generator, timm's augmentations from Python and NumPy.
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
+        np.random.seed(seed % 2**32)  # noqa: NPY002  # timm draws from the global generator
         pixels = torch.as_tensor(self.transform(self.images.image(row)))
         return pixels, int(self.images.labels[row]), row
 

@@ -3,9 +3,9 @@
 import os
 import platform
 import random
+from importlib.metadata import version
 from typing import Literal
 
-import lightning_fabric
 import numpy as np
 import torch
 from lightning_fabric import Fabric
@@ -58,6 +58,13 @@ def launch(devices: int = 1, precision: Precision = "auto", accelerator: str = "
     return fabric
 
 
+def sum_over_processes(fabric: Fabric, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all processes, on each of them."""
+    summed = fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum")
+    assert isinstance(summed, torch.Tensor)
+    return summed
+
+
 def seed_all(*numbers: int) -> None:
     """Seed Python, NumPy and torch from a tuple of numbers.
 
@@ -83,7 +90,7 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),
         "timm": str(timm.__version__),
-        "lightning-fabric": str(lightning_fabric.__version__),
+        "lightning-fabric": version("lightning-fabric"),
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from remanence.kit.devices import sum_over_processes
 from remanence.kit.progress import bar
 
 if TYPE_CHECKING:
@@ -109,6 +110,5 @@ def evaluate(
         width = fabric.broadcast(width, src=0)
         for key, columns in zip(keys, width.tolist(), strict=True):
             local = found.get(key, torch.zeros(len(images), columns))
-            summed = fabric.all_reduce(fabric.to_device(local), reduce_op="sum")
-            found[key] = summed.cpu()
+            found[key] = sum_over_processes(fabric, local).cpu()
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from remanence.errors import InputError
-from remanence.kit.devices import seed_all
+from remanence.kit.devices import seed_all, sum_over_processes
 from remanence.kit.progress import bar
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def fit(
         _restore(training, saved)
         assert run is not None
         run.keep_metrics({stage: training.step})
-    compiled = torch.compile(model) if recipe.compile else model
+    compiled = cast("nn.Module", torch.compile(model)) if recipe.compile else model
     wrapped, wrapped_optimizer = fabric.setup(compiled, optimizer)
     # Fabric copies the optimiser's state to the device; the learning rate is set on what it keeps.
     groups = optimizer.param_groups
@@ -231,7 +231,7 @@ def fit(
                     training.sums = (float(sums[0]), float(sums[1])) if within else (0.0, 0.0)
                     run.save_state(stage, _snapshot(training))
                     training.sums = (0.0, 0.0)
-            sums = fabric.all_reduce(sums, reduce_op="sum")
+            sums = sum_over_processes(fabric, sums)
             _average_running_statistics(fabric, model)
             training.loss = _checked(sums, training.step, recipe)
             rate = groups[0]["lr"]
@@ -260,7 +260,7 @@ def _average_running_statistics(fabric: Fabric, model: nn.Module) -> None:
         return
     for name, buffer in model.named_buffers():
         if name.endswith(("running_mean", "running_var")):
-            buffer.copy_(fabric.all_reduce(buffer, reduce_op="sum") / fabric.world_size)
+            buffer.copy_(sum_over_processes(fabric, buffer) / fabric.world_size)
 
 
 def _snapshot(training: Training) -> dict[str, Any]:

@@ -1,40 +1,30 @@
-"""Image sources: one grammar for every command.
-
-| written as | is |
-|---|---|
-| `digits` | scikit-learn's 1,797 handwritten digits of 8x8 pixels, embedded |
-| a folder | class folders of image files, or split folders that hold class folders |
-| `FILE.parquet`, or a folder of them | Hugging Face layout: `image` struct of bytes, `label` |
-| `FILE.tar`, or a folder of them | class folders in a tar, or webdataset samples (`x.jpg` + `x.cls`) |
-| `torch/NAME:ROOT`, `hfds/NAME`, `wds/FOLDER` | timm's dataset names |
-
-`SOURCE@split` picks a split.
-"""
+"""A labelled image collection, opened from any source that `remanence.kit.sources` knows."""
 
 from __future__ import annotations
 
 import io
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from remanence.errors import InputError
-from remanence.kit import archives
-from remanence.kit.progress import say, track
+from remanence.kit import sources
+from remanence.kit.progress import bar, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
-SPLIT_SYNONYMS = (("train", "training"), ("validation", "val", "valid", "dev"), ("test", "testing"))
+    from remanence.kit.archives import Listing
+
 CACHE_BYTES = 4 * 2**30
+# A label beyond this without class names is a mistake, not a class.
+MOST_CLASSES = 10**6
+_NO_PIXELS = np.zeros((0, 0, 3), dtype=np.uint8)
 
 
 class Store(Protocol):
@@ -50,7 +40,7 @@ class Images:
     """A labelled image collection with random access.
 
     Attributes:
-        source: What the user wrote.
+        source: What the user wrote, without the split.
         classes: Class names, in label order.
         labels: Class index of each image, (N,) int64.
         ids: A name for each image, unique in the source (N).
@@ -73,7 +63,7 @@ class Images:
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        """Return image `index` as RGB.
+        """Return image `index` as RGB of 8 bits a channel.
 
         Raises:
             InputError: The image cannot be decoded.
@@ -82,12 +72,11 @@ class Images:
             return Image.fromarray(self.decoded[index])
         try:
             raw = self.store.read(int(self.order[index]))
-            opened = Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else raw
-            return opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = (
-                "not an image" if isinstance(error, UnidentifiedImageError) else _one_line(error)
-            )
+            return _rgb(Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else raw)
+        except Exception as error:  # decoders raise whatever the broken bytes lead to
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, UnidentifiedImageError):
+                reason = "not an image"
             raise InputError(
                 f"{self.ids[index]}: unreadable image ({reason}); "
                 "repair or remove it, or pass --skip-broken"
@@ -105,14 +94,37 @@ class Images:
         )
 
     def halves(self, seed: int) -> tuple[Images, Images]:
-        """Split at random into two halves, each class as evenly as it goes."""
+        """Split at random into two halves, each class as evenly as it goes.
+
+        Raises:
+            InputError: There are fewer than two images.
+        """
+        return self._divide(2, seed)
+
+    def hold_out(self, seed: int = 0) -> tuple[Images, Images]:
+        """Split at random into nine tenths and one tenth, each class as evenly as it goes.
+
+        Raises:
+            InputError: There are fewer than two images.
+        """
+        held, rest = self._divide(10, seed)
+        return replace(rest, skipped=self.skipped), replace(held, skipped=0)
+
+    def _divide(self, every: int, seed: int) -> tuple[Images, Images]:
+        """Take every so-manieth image of a shuffle by class away from the others."""
+        if len(self) < 2:
+            raise InputError(f"{self.source}: {len(self)} image is too few to split")
         shuffled = np.random.default_rng(seed).permutation(len(self))
         by_class = shuffled[np.argsort(self.labels[shuffled], kind="stable")]
-        return self.subset(np.sort(by_class[0::2])), self.subset(np.sort(by_class[1::2]))
+        picked = np.zeros(len(self), dtype=bool)
+        picked[by_class[:: min(every, len(self))]] = True
+        # Those left out are counted once.
+        rest = replace(self.subset(np.flatnonzero(~picked)), skipped=0)
+        return self.subset(np.flatnonzero(picked)), rest
 
     def sizes(self, limit: int = 2000) -> npt.NDArray[np.int64]:
         """Return height and width of up to `limit` images, evenly spread, (M, 2)."""
-        chosen = np.unique(np.linspace(0, len(self) - 1, min(limit, len(self))).astype(np.int64))
+        chosen = _spread(len(self), limit)
         if self.decoded is not None:
             return np.array([self.decoded[i].shape[:2] for i in chosen], dtype=np.int64)
         return np.array([self.image(int(i)).size[::-1] for i in chosen], dtype=np.int64)
@@ -146,35 +158,13 @@ def open_images(
     Raises:
         InputError: The source, the split, a class, a column or an image is missing or broken.
     """
-    name, at, named = source.rpartition("@")
-    if at:
-        source, split = name, named
-    images = _open_store(source, split)
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit}: must be at least 1")
+    source, named = sources.parse(source)
+    images = _labelled(source, sources.find(source, named or split))
     if limit is not None and limit < len(images):
         images = images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:limit]))
     return _decode(images, skip_broken=skip_broken, cache_bytes=cache_bytes, show=show)
-
-
-def splits(source: str) -> list[str]:
-    """Return the splits that a source offers, by their usual names: train, validation, test.
-
-    A source without splits, or one that already names its split, gives an empty list.
-    """
-    if "@" in source:
-        return []
-    if source == "digits":
-        return ["train", "test"]
-    kind, _, rest = source.partition("/")
-    if kind == "torch":
-        return ["train", "test"]
-    root = Path(rest if kind == "wds" and rest else source)
-    if not root.is_dir():
-        return []
-    found = []
-    for synonyms in SPLIT_SYNONYMS:
-        if any(_in_split(path.name, name) for path in root.iterdir() for name in synonyms):
-            found.append(synonyms[0])
-    return found
 
 
 def open_splits(source: str, **options: Any) -> tuple[Images, Images, Images | None]:
@@ -193,10 +183,9 @@ def open_splits(source: str, **options: Any) -> tuple[Images, Images, Images | N
     Raises:
         InputError: As `open_images`, or the splits disagree about the classes.
     """
-    names = splits(source)
+    names = sources.splits(source)
     if "train" not in names:
-        whole = open_images(source, **options)
-        train, validation = _hold_out(whole)
+        train, validation = open_images(source, **options).hold_out()
         return train, validation, None
     train = open_images(source, split="train", **options)
     others = {
@@ -217,7 +206,7 @@ def open_splits(source: str, **options: Any) -> tuple[Images, Images, Images | N
     test = others.get("test")
     if "validation" in others:
         return train, others["validation"], test
-    train, validation = _hold_out(train)
+    train, validation = train.hold_out()
     return train, validation, test
 
 
@@ -225,194 +214,67 @@ def _numbered(images: Images) -> bool:
     return images.classes == tuple(str(i) for i in range(len(images.classes)))
 
 
-def _hold_out(images: Images) -> tuple[Images, Images]:
-    if len(images) < 2:
-        raise InputError(f"{images.source}: {len(images)} image is too few to hold any out")
-    shuffled = np.random.default_rng(0).permutation(len(images))
-    by_class = shuffled[np.argsort(images.labels[shuffled], kind="stable")]
-    held = np.zeros(len(images), dtype=bool)
-    held[by_class[:: min(10, len(images))]] = True
-    return images.subset(np.flatnonzero(~held)), images.subset(np.flatnonzero(held))
+def _rgb(opened: Image.Image) -> Image.Image:
+    if opened.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255 instead of scaling
+        scaled = np.asarray(opened).clip(0, 65535) // 257
+        opened = Image.fromarray(scaled.astype(np.uint8))
+    elif opened.mode == "P" and "transparency" in opened.info:
+        opened = opened.convert("RGBA")  # the same pixels, without Pillow's warning
+    return opened.convert("RGB")
 
 
-def _open_store(source: str, split: str | None) -> Images:
-    if source == "digits":
-        return _digits(split)
-    kind, _, rest = source.partition("/")
-    if kind in ("torch", "hfds") and rest:
-        listing = archives.timm_dataset(source, split)
-        return _images(source, listing)
-    path = Path(rest if kind == "wds" and rest else source).expanduser()
-    if not path.exists():
-        raise InputError(
-            f"{source}: no such file or folder; give a folder of class folders, a .parquet or "
-            ".tar file, 'digits', or a timm dataset name such as torch/cifar10:ROOT"
-        )
-    if path.is_file():
-        files = [path]
-    else:
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".parquet", ".tar"))
-        if split is not None and files:
-            files = _pick_files(files, path, source, split)
-    if files and all(f.suffix == ".parquet" for f in files):
-        return _images(source, archives.parquet(files))
-    if files and all(f.suffix == ".tar" for f in files):
-        return _images(source, archives.tar(files, EXTENSIONS))
-    if files and path.is_file():
-        raise InputError(f"{source}: not a .parquet or .tar file, nor a folder of class folders")
-    return _images(source, _class_folders(_pick_folder(path, split), source))
-
-
-def _images(source: str, listing: archives.Listing) -> Images:
+def _labelled(source: str, listing: Listing) -> Images:
     if not len(listing.labels):
         raise InputError(f"{source}: holds no images")
+    known = len(listing.classes) or MOST_CLASSES
+    low, high = int(np.argmin(listing.labels)), int(np.argmax(listing.labels))
+    for index in (low, high):
+        if not 0 <= listing.labels[index] < known:
+            raise InputError(
+                f"{listing.ids[index]}: label {listing.labels[index]} is out of range; labels of "
+                f"{source} go from 0 to {known - 1}"
+            )
+    classes = listing.classes or tuple(str(i) for i in range(int(listing.labels[high]) + 1))
     labels = np.asarray(listing.labels, dtype=np.int64)
-    classes = listing.classes or tuple(str(i) for i in range(int(labels.max()) + 1))
-    for index in np.flatnonzero((labels < 0) | (labels >= len(classes)))[:1]:
-        raise InputError(
-            f"{listing.ids[index]}: label {labels[index]} is out of range; "
-            f"{source} has {len(classes)} classes, so labels go from 0 to {len(classes) - 1}"
-        )
     order = np.arange(len(labels), dtype=np.int64)
     return Images(source, tuple(classes), labels, tuple(listing.ids), listing.store, order)
 
 
-@dataclass(frozen=True)
-class _Pixels:
-    arrays: npt.NDArray[np.uint8]
-
-    def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self.arrays[index])
-
-
-def _digits(split: str | None) -> Images:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    rows = np.arange(len(pixels))
-    if split is not None:
-        train, test = train_test_split(rows, test_size=360, stratify=bunch.target, random_state=0)
-        by_name = {"train": train, "test": test}
-        if split not in by_name:
-            raise InputError(f"digits@{split}: digits has the splits train and test")
-        rows = np.sort(by_name[split])
-    classes = tuple(str(name) for name in bunch.target_names)
-    ids = [f"digits/{row}" for row in rows]
-    store = _Pixels(np.repeat(pixels[rows, :, :, None], 3, axis=3))
-    return _images("digits", archives.Listing(store, ids, bunch.target[rows], classes))
-
-
-@dataclass(frozen=True)
-class _Files:
-    paths: tuple[Path, ...]
-
-    def read(self, index: int) -> bytes:
-        return self.paths[index].read_bytes()
-
-
-def _class_folders(root: Path, source: str) -> archives.Listing:
-    folders = sorted(
-        (p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")),
-        key=lambda p: archives.natural(p.name),
-    )
-    if not folders:
-        raise InputError(f"{root}: holds no class folders; put each class's images in its folder")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        inside = sorted(
-            p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file()
-        )
-        if not inside:
-            raise InputError(
-                f"{folder}: class folder without images; add images to it or remove it from {source}"
-            )
-        paths += inside
-        labels += [label] * len(inside)
-    ids = [str(p.relative_to(root)) for p in paths]
-    classes = tuple(folder.name for folder in folders)
-    return archives.Listing(_Files(tuple(paths)), ids, labels, classes)
-
-
-def _in_split(name: str, split: str) -> bool:
-    return re.search(rf"(^|[-_./]){re.escape(split)}($|[-_./])", name) is not None
-
-
-def _synonyms(split: str) -> tuple[str, ...]:
-    return next((names for names in SPLIT_SYNONYMS if split in names), (split,))
-
-
-def _pick_files(files: list[Path], root: Path, source: str, split: str) -> list[Path]:
-    for name in _synonyms(split):
-        chosen = [f for f in files if _in_split(str(f.relative_to(root)), name)]
-        if chosen:
-            return chosen
-    names = ", ".join(f.name for f in files[:5])
-    raise InputError(f"{source}@{split}: no file of that split; found {names}")
-
-
-def _pick_folder(root: Path, split: str | None) -> Path:
-    inside = {p.name: p for p in root.iterdir() if p.is_dir()}
-    if split is None:
-        known = [n for names in SPLIT_SYNONYMS for n in names if n in inside]
-        if known and set(known) == set(inside):
-            raise InputError(
-                f"{root}: holds the splits {', '.join(sorted(known))}; "
-                f"name one, for example {root}@{known[0]}"
-            )
-        return root
-    for name in _synonyms(split):
-        if name in inside:
-            return inside[name]
-    raise InputError(f"{root}@{split}: no such split; found {', '.join(sorted(inside)) or 'none'}")
-
-
 def _decode(images: Images, *, skip_broken: bool, cache_bytes: int, show: bool) -> Images:
-    probe = np.unique(np.linspace(0, len(images) - 1, min(32, len(images))).astype(np.int64))
-    pixels = [p for p in (_pixels(images, int(i), skip=True) for i in probe) if p is not None]
-    mean_bytes = float(np.mean([p.nbytes for p in pixels])) if pixels else 0.0
-    keep = mean_bytes * len(images) <= cache_bytes
+    probed = (_pixels(images, int(i), skip=True) for i in _spread(len(images), 32))
+    sizes = [pixels.nbytes for pixels in probed if pixels is not None]
+    keep = not sizes or float(np.mean(sizes)) * len(images) <= cache_bytes
     if not keep and not skip_broken:
         return images
 
-    def read(index: int) -> npt.NDArray[np.uint8] | None:
-        array = _pixels(images, index, skip=skip_broken)
-        # Over the limit only the verdict is kept, not the pixels.
-        return array if keep or array is None else array[:0]
+    def read(rows: range) -> list[npt.NDArray[np.uint8] | None]:
+        found = [_pixels(images, row, skip=skip_broken) for row in rows]
+        # Over the limit only the verdict is kept; a slice would hold on to the pixels.
+        return found if keep else [None if p is None else _NO_PIXELS for p in found]
 
-    with ThreadPoolExecutor() as pool:
-        arrays = list(
-            track(
-                _Mapped(pool, read, len(images)),
-                f"read {images.source}",
-                show=show and len(images) > 2000,
-            )
-        )
+    # Small images take a thread longer to be handed than to be read: it gets 64 at a time.
+    count = len(images)
+    chunks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
+    arrays: list[npt.NDArray[np.uint8] | None] = []
+    with (
+        ThreadPoolExecutor() as pool,
+        bar(f"read {images.source}", count, show=show and count > 2000) as progress,
+    ):
+        for part in pool.map(read, chunks):
+            arrays += part
+            progress.advance(len(part))
     good = [i for i, array in enumerate(arrays) if array is not None]
     if not good:
-        raise InputError(f"{images.source}: none of its {len(images)} images can be read")
-    skipped = len(images) - len(good)
+        raise InputError(f"{images.source}: none of its {count} images can be read")
+    skipped = count - len(good)
     if skipped and show:
-        say(f"{images.source}: left out {skipped} unreadable images of {len(images)}")
-    kept = images.subset(good)
-    decoded = tuple(arrays[i] for i in good) if keep else None
-    return replace(kept, decoded=decoded, skipped=skipped)  # type: ignore[arg-type]  # None was filtered
-
-
-class _Mapped:
-    """Results of a thread pool, as a sized iterable that holds few of them back."""
-
-    def __init__(self, pool: ThreadPoolExecutor, function: Any, count: int) -> None:
-        self._results = pool.map(function, range(count))
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Any:
-        return iter(self._results)
+        first = next(i for i, array in enumerate(arrays) if array is None)
+        say(
+            f"{images.source}: left out {skipped} unreadable of {count} images, "
+            f"first {images.ids[first]}"
+        )
+    decoded = tuple(array for array in arrays if array is not None) if keep else None
+    return replace(images.subset(good), decoded=decoded, skipped=skipped)
 
 
 def _pixels(images: Images, index: int, *, skip: bool) -> npt.NDArray[np.uint8] | None:
@@ -424,5 +286,5 @@ def _pixels(images: Images, index: int, *, skip: bool) -> npt.NDArray[np.uint8] 
         raise
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _spread(count: int, limit: int) -> npt.NDArray[np.int64]:
+    return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(np.int64))

@@ -14,7 +14,7 @@ import difflib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import timm
 import torch
@@ -30,6 +30,7 @@ from remanence.kit import architectures
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+CropMode = Literal["center", "squash", "border", "fixres_height"]
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 # The registry fills when the module is imported.
@@ -51,7 +52,7 @@ class Preprocessing:
 
     size: int
     crop_pct: float = 0.875
-    crop_mode: str = "center"
+    crop_mode: CropMode = "center"
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -281,11 +282,18 @@ def _preprocessing(config: Mapping[str, Any], model: nn.Module, *, test: bool) -
     return Preprocessing(
         size=int(resolved["input_size"][-1]),
         crop_pct=float(resolved["crop_pct"]),
-        crop_mode=str(resolved["crop_mode"]),
+        crop_mode=_crop_mode(str(resolved["crop_mode"])),
         interpolation=str(resolved["interpolation"]),
         mean=tuple(float(v) for v in resolved["mean"]),
         std=tuple(float(v) for v in resolved["std"]),
     )
+
+
+def _crop_mode(name: str) -> CropMode:
+    for mode in get_args(CropMode):
+        if mode == name:
+            return cast("CropMode", mode)
+    raise InputError(f"crop_mode {name!r}: unknown; use one of {', '.join(get_args(CropMode))}")
 
 
 def _wrap(model: nn.Module, size: int | None) -> Network:

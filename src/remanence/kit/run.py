@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
-import os
 import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +18,7 @@ from remanence.kit.progress import say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 
 @dataclass
@@ -77,12 +76,12 @@ class RunFolder:
             write_json(self.path("results.json"), results)
 
     def save_state(self, name: str, state: dict[str, Any]) -> None:
-        """Write a checkpoint of tensors and plain values; the one before stays until it is whole."""
+        """Write a checkpoint of tensors and plain values; the last one stays until then."""
         if self.first:
             target = self.path(f"{name}.ckpt")
             part = target.with_suffix(".part")
             torch.save(state, part)
-            os.replace(part, target)
+            part.replace(target)
 
     def load_state(self, name: str) -> dict[str, Any] | None:
         """Return the checkpoint of an interrupted run, or None.
@@ -135,8 +134,8 @@ def run_folder(
 ) -> Iterator[RunFolder]:
     """Open a run folder for the block and make it whole at the end.
 
-    Bad input removes what was begun. An interruption leaves `NAME.partial`, which `resume` takes
-    up again when it holds a checkpoint.
+    An error removes what was begun, unless a checkpoint is there: then `NAME.partial` stays, and
+    `resume` takes it up again.
 
     Args:
         out: Folder to create.
@@ -160,22 +159,22 @@ def run_folder(
         _open(run, plain)
     run.facts |= {"command": command, "options": plain, "seed": seed, "versions": versions()}
     run.facts |= {"device": device_name(), "threads": torch.get_num_threads()}
-    run.facts["started"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    run.facts["started"] = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     started = time.perf_counter()
     try:
         if run.first:
             write_json(partial / "run.json", run.facts)
         yield run
-    except BaseException as error:
+    except BaseException:
         if run.first:
-            _abandon(run, error)
+            _abandon(run)
         raise
     if run.first:
         run.facts["seconds"] = round(time.perf_counter() - started, 2)
         write_json(partial / "run.json", run.facts)
         for checkpoint in partial.glob("*.ckpt"):
             checkpoint.unlink()
-        os.replace(partial, out)
+        partial.replace(out)
 
 
 def _open(run: RunFolder, options: dict[str, Any]) -> None:
@@ -207,10 +206,10 @@ def _open(run: RunFolder, options: dict[str, Any]) -> None:
         ) from error
 
 
-def _abandon(run: RunFolder, error: BaseException) -> None:
-    if any(run.partial.glob("*.ckpt")) and not isinstance(error, InputError):
+def _abandon(run: RunFolder) -> None:
+    if any(run.partial.glob("*.ckpt")):
         for part in run.partial.glob("*.part"):
             part.unlink()
         say(f"interrupted: {run.partial} is kept; the same command with --resume goes on")
-    elif not run.resumed:
+    else:
         shutil.rmtree(run.partial, ignore_errors=True)

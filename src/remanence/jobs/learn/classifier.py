@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,7 +234,7 @@ def _mixing(mixup: float, cutmix: float, smoothing: float, classes: int) -> Any:
         mixed, soft = mixing(inputs, labels)
         return mixed[: len(mixed) - odd], soft[: len(soft) - odd]
 
-    return partial(mix)
+    return mix
 
 
 def _write(

@@ -35,7 +35,9 @@ def write(run: RunFolder, results: dict[str, Any]) -> None:
     )
     report.section("Accuracy by test size")
     report.figure(
-        curve_figure(_curves(rows, base), "test size, pixels", "top-1 accuracy, %", _marks(results)),
+        curve_figure(
+            _curves(rows, base), "test size, pixels", "top-1 accuracy, %", _marks(results)
+        ),
         "Bands are 95 % intervals of each point (Wilson). The same network and images throughout; "
         "the sizes were chosen on other images.",
         "accuracy against test size, before and after adaptation",
@@ -136,7 +138,7 @@ def _row(index: int, row: dict[str, Any], results: dict[str, Any]) -> list[Any]:
         row["gmacs"],
         row["latency_ms"],
         row["activation_mib"],
-        "yes" if index in results["pareto"] else "",
+        "yes" if row["pareto"] else "",
     ]
 
 

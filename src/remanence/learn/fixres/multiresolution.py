@@ -6,9 +6,12 @@ resolutions share everything else.
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Final, Self
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -98,6 +101,34 @@ class MultiResolution(nn.Module):
         concat_head = nn.Linear(width, classes, bias="bias" in joint).to(joint["weight"])
         concat_head.load_state_dict(joint)
         return cls(model, bank, fuse, concat_head)
+
+    def save(self, path: Path) -> None:
+        """Write the shared classifier and the bank to a safetensors file."""
+        state = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
+        }
+        save_file(state, path, metadata={"fuse": self.fuse})
+
+    @classmethod
+    def load(cls, model: nn.Module, path: Path) -> Self:
+        """Read what `save` wrote.
+
+        Args:
+            model: the shared classifier's architecture; its weights are overwritten.
+            path: a safetensors file.
+
+        Raises:
+            InputError: no such file, or it holds no bank.
+        """
+        try:
+            with safe_open(path, "pt") as opened:
+                fuse = (opened.metadata() or {}).get("fuse", "logits")
+                state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: no readable bank ({error})") from error
+        if "sizes" not in state:
+            raise InputError(f"{path}: holds no bank of sizes; give a file that save() wrote")
+        return cls.from_state_dict(model, state, fuse)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of `concat_head`; the classifier stays in eval mode."""
