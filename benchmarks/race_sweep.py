@@ -32,6 +32,8 @@ from remanence.kit.images import Images, open_images
 from remanence.learn.fixres import EvalTransform
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning_fabric import Fabric
 
 assert architectures.default_cfgs  # names of small networks, for timm
@@ -50,16 +52,20 @@ class Course:
     workers: int
     logits: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def lap(self, name: str, seconds: float, found: list[Tensor], hits: float) -> harness.Lap:
+    def lap(
+        self, who: str, seconds: float, logits: list[Tensor], hits: float, names: Sequence[str]
+    ) -> harness.Lap:
         """Sum up: images by sizes, seconds, mean accuracy, and how far the logits are apart."""
-        self.logits[name] = found
+        # The two list a folder in different orders.
+        order = sorted(range(len(names)), key=names.__getitem__)
+        found = self.logits[who] = [of_size[order] for of_size in logits]
         pairs = zip(self.logits["remanence"], found, strict=True)
         facts = {
             "seconds": seconds,
             "accuracy, %": hits,
             "largest difference / std": max(float((a - b).abs().max() / a.std()) for a, b in pairs),
         }
-        return harness.Lap(sum(len(logits) for logits in found), seconds, facts)
+        return harness.Lap(sum(map(len, found)), seconds, facts)
 
 
 def ours(course: Course) -> harness.Lap:
@@ -79,7 +85,7 @@ def ours(course: Course) -> harness.Lap:
     hits = [float((logits[s].argmax(1) == labels).double().mean()) for s in course.sizes]
     seconds = time.perf_counter() - began
     found = [logits[size] for size in course.sizes]
-    return course.lap("remanence", seconds, found, 100 * sum(hits) / len(hits))
+    return course.lap("remanence", seconds, found, 100 * sum(hits) / len(hits), images.ids)
 
 
 def one_by_one(course: Course, layout: torch.memory_format) -> harness.Lap:
@@ -88,8 +94,9 @@ def one_by_one(course: Course, layout: torch.memory_format) -> harness.Lap:
     began = time.perf_counter()
     found, hits = [], AverageMeter()
     for size in course.sizes:
+        data = create_dataset("", root=str(course.folder))
         loader = create_loader(
-            create_dataset("", root=str(course.folder)),
+            data,
             input_size=(3, size, size),
             batch_size=course.batch_size,
             use_prefetcher=True,
@@ -111,7 +118,7 @@ def one_by_one(course: Course, layout: torch.memory_format) -> harness.Lap:
                 outputs.append(output.float().cpu())
         found.append(torch.cat(outputs))
     seconds = time.perf_counter() - began
-    return course.lap("timm", seconds, found, hits.avg)
+    return course.lap("timm", seconds, found, hits.avg, data.filenames())
 
 
 def _link(images: Images, source: Path, folder: Path) -> None:

@@ -36,7 +36,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for processes in (1, 2):
         # Layer norm: batch norm would see half of each step in each of two processes.
-        run(TRAIN.format(model="convnext_atto", size=32, out=folder / f"train{processes}"), processes)
+        out = folder / f"train{processes}"
+        run(TRAIN.format(model="convnext_atto", size=32, out=out), processes)
     run(TRAIN.format(model="cifar_convnet5", size=12, out=folder / "bn"), 1)
     for processes in (1, 2):
         words = FIX.format(model=folder / "bn" / "model", out=folder / f"fix{processes}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -84,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_error=False,
             result_action="return_value",
         )
+    except cyclopts.UnknownCommandError as error:
+        return _refuse(_unknown(error))
     except (InputError, cyclopts.CycloptsError) as error:
         return _refuse(str(error))
     except OSError as error:
@@ -96,7 +99,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(getattr(result, "exit_status", 0))
 
 
+def _unknown(error: cyclopts.UnknownCommandError) -> str:
+    # cyclopts would import every job to find a near name.
+    word = (error.unused_tokens or [""])[0]
+    chain = tuple(error.command_chain or ())
+    known = sorted({path[len(chain)] for path in COMMANDS if path[: len(chain)] == chain})
+    near = difflib.get_close_matches(word, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    return f"{word}: unknown {'option' if word.startswith('-') else 'command'}; {hint}"
+
+
 def _refuse(message: str) -> int:
+    # An error in a loader process arrives with its traceback before it.
+    message = message.rpartition("InputError: ")[2]
     # Of several processes, one speaks.
     if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
         print(f"remanence: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201  # the one line a user reads

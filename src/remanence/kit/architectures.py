@@ -45,6 +45,7 @@ class _Net(nn.Module):
     def _finish(self, width: int, num_classes: int) -> None:
         self.num_features = self.head_hidden_size = width
         self.num_classes = num_classes
+        self.feature_info = [{"num_chs": width, "reduction": 4, "module": "features"}]
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(width, num_classes) if num_classes else nn.Identity()
         for module in self.modules():
@@ -164,7 +165,7 @@ class CifarMobileNet(_Net):
         self.act2 = nn.SiLU(inplace=True)
         self._finish(6 * width, num_classes)
 
-    def forward_features(self, x: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, C, H/4, W/4)
+    def forward_features(self, x: Tensor) -> Tensor:  # noqa: D102  # as above
         out: Tensor = self.act2(self.bn2(self.conv_head(self.features(x))))
         return out
 

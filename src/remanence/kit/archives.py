@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -41,7 +42,7 @@ class Listing:
 def natural(name: str) -> list[tuple[int, int | str]]:
     """Sort key by which folder 10 comes after folder 9 (ImageNet-V2 names its classes 0..999)."""
     return [
-        (0, int(part)) if part.isdigit() else (1, part.lower())
+        (0, int(part)) if part.isdecimal() else (1, part.lower())
         for part in re.split(r"(\d+)", name)
         if part
     ]
@@ -52,7 +53,7 @@ class _ParquetStore:
     """Row groups are read when asked for and a few are kept: sequential reads stay cheap."""
 
     files: tuple[Path, ...]
-    column: str
+    column: str = ""
     groups: list[tuple[int, int]] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
 
@@ -70,15 +71,15 @@ class _ParquetStore:
         import pyarrow.parquet as pq
 
         file, row_group = self.groups[group]
-        table = pq.ParquetFile(self.files[file]).read_row_group(row_group, columns=[self.column])
-        return table.column(0).combine_chunks()
+        opened = pq.ParquetFile(self.files[file])
+        return opened.read_row_group(row_group, columns=[self.column]).column(0)
 
     def read(self, index: int) -> bytes:
         group = int(np.searchsorted(self.starts, index, side="right")) - 1
         value = self._group(group)[index - self.starts[group]].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
-            raise ValueError("no image bytes")
+            raise TypeError("no image bytes")
         return data
 
 
@@ -93,29 +94,35 @@ def parquet(files: Sequence[Path]) -> Listing:
         The listing; class names come from the Hugging Face metadata where it is there.
 
     Raises:
-        InputError: A file is not parquet, or a column is missing.
+        InputError: A file is not parquet, a column is missing, or the files disagree.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    store = _ParquetStore(tuple(files), "image")
+    store = _ParquetStore(tuple(files))
     ids: list[str] = []
     labels: list[int] = []
     classes: tuple[str, ...] = ()
-    for number, path in enumerate(files):
+    for number, (path, name) in enumerate(zip(files, _names(files), strict=True)):
         try:
             opened = pq.ParquetFile(path)
         except (pa.ArrowInvalid, OSError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{path}: not a readable parquet file ({reason})") from error
-        names = opened.schema_arrow.names
-        store.column = _column(path, names, ("image", "img"))
-        label_column = _column(path, names, ("label", "labels"))
-        classes = _label_names(opened.schema_arrow.metadata, label_column) or classes
+        columns = opened.schema_arrow.names
+        image_column = _column(path, columns, ("image", "img"))
+        label_column = _column(path, columns, ("label", "labels"))
+        named = _label_names(opened.schema_arrow.metadata, label_column)
+        if number and (image_column, named) != (store.column, classes):
+            raise InputError(
+                f"{path}: has another image column or other class names than {files[0]}; "
+                "write all files with one schema"
+            )
+        store.column, classes = image_column, named
         column = opened.read(columns=[label_column]).column(0)
         if not pa.types.is_integer(column.type) or column.null_count:
             raise InputError(f"{path}: column {label_column!r} must hold an integer in every row")
-        ids += [f"{path.name}:{row}" for row in range(len(column))]
+        ids += [f"{name}:{row}" for row in range(len(column))]
         start = len(labels)
         labels += column.to_pylist()
         for row_group in range(opened.num_row_groups):
@@ -123,6 +130,12 @@ def parquet(files: Sequence[Path]) -> Listing:
             store.starts.append(start)
             start += opened.metadata.row_group(row_group).num_rows
     return Listing(store, ids, labels, classes)
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    # fold1/0000.parquet and fold2/0000.parquet keep what tells them apart.
+    root = os.path.commonpath([file.parent for file in files])
+    return [str(file.relative_to(root)) for file in files]
 
 
 def _column(path: Path, names: Sequence[str], wanted: Sequence[str]) -> str:
@@ -172,34 +185,43 @@ def tar(files: Sequence[Path], extensions: frozenset[str]) -> Listing:
     members: list[tuple[int, int, int]] = []
     ids: list[str] = []
     keys: list[str] = []
+    places: list[PurePosixPath] = []
     numbers: dict[str, int] = {}
-    for file, path in enumerate(files):
+    for file, (path, prefix) in enumerate(zip(files, _names(files), strict=True)):
         try:
             with tarfile.open(path, "r:") as opened:
                 for member in opened:
                     name = PurePosixPath(member.name)
-                    key = f"{path.name}/{name.with_suffix('')}"
-                    if member.isfile() and name.suffix == ".cls":
+                    if not member.isfile() or name.name.startswith("."):
+                        continue
+                    key = f"{prefix}/{name.with_suffix('')}"
+                    if name.suffix == ".cls":
                         numbers[key] = _class_number(opened, member, path)
-                    elif member.isfile() and name.suffix.lower() in extensions:
+                    elif name.suffix.lower() in extensions:
                         members.append((file, member.offset_data, member.size))
-                        ids.append(f"{path.name}/{member.name}")
+                        ids.append(f"{prefix}/{name}")
                         keys.append(key)
-        except tarfile.TarError as error:
-            raise InputError(f"{path}: not an uncompressed tar file ({error})") from error
+                        places.append(name.parent)
+        except (tarfile.TarError, EOFError) as error:
+            raise InputError(f"{path}: not a whole, uncompressed tar file ({error})") from error
     store = _TarStore(tuple(files), tuple(members))
     if numbers:
-        for name, key in zip(ids, keys, strict=True):
+        for image, key in zip(ids, keys, strict=True):
             if key not in numbers:
-                raise InputError(f"{name}: has no .cls file beside it to give its label")
+                raise InputError(f"{image}: has no .cls file beside it to give its label")
         return Listing(store, ids, [numbers[key] for key in keys])
-    folders = [PurePosixPath(name).parent.name for name in ids]
-    for name in ids:
-        if len(PurePosixPath(name).parts) < 3:
-            raise InputError(f"{name}: lies in no class folder and has no .cls file beside it")
-    classes = tuple(sorted(set(folders), key=natural))
-    label = {name: number for number, name in enumerate(classes)}
-    return Listing(store, ids, [label[folder] for folder in folders], classes)
+    folders: dict[str, PurePosixPath] = {}
+    for image, place in zip(ids, places, strict=True):
+        if not place.name:
+            raise InputError(f"{image}: lies in no class folder and has no .cls file beside it")
+        if folders.setdefault(place.name, place) != place:
+            raise InputError(
+                f"{image}: {folders[place.name]} is also a class folder {place.name}; "
+                "pack each split in a tar of its own, without folders in class folders"
+            )
+    classes = tuple(sorted(folders, key=natural))
+    number = {folder: label for label, folder in enumerate(classes)}
+    return Listing(store, ids, [number[place.name] for place in places], classes)
 
 
 def _class_number(opened: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
@@ -241,21 +263,24 @@ def timm_dataset(name: str, split: str | None) -> Listing:
     from timm.data import create_dataset
 
     dataset_name, _, root = name.partition(":")
+    if name.startswith("hfds/") and importlib.util.find_spec("datasets") is None:
+        raise InputError(f"{name}: needs the extra 'hf': pip install 'remanence[hf]'")
     try:
         dataset = create_dataset(
             dataset_name, root=root or None, split=split or "train", download=False
         )
-    except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reader = getattr(dataset, "reader", None)
+        if reader is None:
+            labels = [int(label) for label in dataset.targets]
+            classes = getattr(dataset, "classes", ())
+        else:
+            labels = [int(label) for label in reader.dataset[reader.label_key]]
+            classes = getattr(reader.dataset.features[reader.label_key], "names", None) or ()
+    except Exception as error:  # timm and what it wraps raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"{name}: timm cannot open it ({reason}); give torch/NAME:ROOT with ROOT holding the "
-            "files, or install the extra 'hf' for hfds/NAME"
+            "files of a classification data set, or hfds/NAME"
         ) from error
-    reader = getattr(dataset, "reader", None)
-    if reader is None:
-        labels = [int(label) for label in dataset.targets]
-        ids = [f"{name}/{i}" for i in range(len(labels))]
-        return Listing(_TimmStore(dataset), ids, labels, tuple(getattr(dataset, "classes", ())))
-    labels = [int(label) for label in reader.dataset[reader.label_key]]
-    names = getattr(reader.dataset.features[reader.label_key], "names", None) or ()
-    return Listing(_TimmStore(dataset), reader.filenames(), labels, tuple(names))
+    ids = [f"{name}/{row}" for row in range(len(labels))]
+    return Listing(_TimmStore(dataset), ids, labels, tuple(str(known) for known in classes))

@@ -99,7 +99,8 @@ class Images:
         Raises:
             InputError: There are fewer than two images.
         """
-        return self._divide(2, seed)
+        first = self._every(2, seed)
+        return self.subset(np.flatnonzero(first)), self._uncounted(~first)
 
     def hold_out(self, seed: int = 0) -> tuple[Images, Images]:
         """Split at random into nine tenths and one tenth, each class as evenly as it goes.
@@ -107,20 +108,21 @@ class Images:
         Raises:
             InputError: There are fewer than two images.
         """
-        held, rest = self._divide(10, seed)
-        return replace(rest, skipped=self.skipped), replace(held, skipped=0)
+        held = self._every(10, seed)
+        return self.subset(np.flatnonzero(~held)), self._uncounted(held)
 
-    def _divide(self, every: int, seed: int) -> tuple[Images, Images]:
-        """Take every so-manieth image of a shuffle by class away from the others."""
+    def _every(self, step: int, seed: int) -> npt.NDArray[np.bool_]:
         if len(self) < 2:
             raise InputError(f"{self.source}: {len(self)} image is too few to split")
         shuffled = np.random.default_rng(seed).permutation(len(self))
         by_class = shuffled[np.argsort(self.labels[shuffled], kind="stable")]
-        picked = np.zeros(len(self), dtype=bool)
-        picked[by_class[:: min(every, len(self))]] = True
-        # Those left out are counted once.
-        rest = replace(self.subset(np.flatnonzero(~picked)), skipped=0)
-        return self.subset(np.flatnonzero(picked)), rest
+        chosen = np.zeros(len(self), dtype=bool)
+        chosen[by_class[:: min(step, len(self))]] = True
+        return chosen
+
+    def _uncounted(self, chosen: npt.NDArray[np.bool_]) -> Images:
+        # Of two parts, the first counts the images that were left out of both.
+        return replace(self.subset(np.flatnonzero(chosen)), skipped=0)
 
     def sizes(self, limit: int = 2000) -> npt.NDArray[np.int64]:
         """Return height and width of up to `limit` images, evenly spread, (M, 2)."""
@@ -161,7 +163,7 @@ def open_images(
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: must be at least 1")
     source, named = sources.parse(source)
-    images = _labelled(source, sources.find(source, named or split))
+    images = _labelled(source, sources.find(source, split if named is None else named))
     if limit is not None and limit < len(images):
         images = images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:limit]))
     return _decode(images, skip_broken=skip_broken, cache_bytes=cache_bytes, show=show)

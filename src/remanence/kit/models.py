@@ -11,51 +11,36 @@
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from timm.data import resolve_data_config
+from timm.models import get_model_args
 from torch import nn
 
 from remanence.errors import InputError
 from remanence.kit import architectures
+from remanence.kit.checkpoints import (
+    CONFIG,
+    WEIGHTS,
+    check_finite,
+    load_weights,
+    one_line,
+    read_config,
+    read_weights,
+    write_folder,
+)
+from remanence.kit.preprocessing import Preprocessing, check_normalisation, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-CropMode = Literal["center", "squash", "border", "fixres_height"]
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
+TORCHVISION = "torchvision:"
 # The registry fills when the module is imported.
 assert architectures.default_cfgs
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How images become inputs.
-
-    Attributes:
-        size: Side of the input, pixels.
-        crop_pct: Side of the input over the side that images are resized to.
-        crop_mode: `center`, `squash`, `border` (timm's), or `fixres_height`.
-        interpolation: `bilinear` or `bicubic`.
-        mean: Mean of each channel, for pixels in [0, 1].
-        std: Standard deviation of each channel.
-    """
-
-    size: int
-    crop_pct: float = 0.875
-    crop_mode: CropMode = "center"
-    interpolation: str = "bilinear"
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
 
 @dataclass
@@ -68,7 +53,8 @@ class Network:
         train: Preprocessing that it was trained with.
         test: Preprocessing that it should be evaluated with.
         classes: Class names in label order, where known.
-        arguments: Arguments that its architecture was built with.
+        arguments: Arguments that a torchvision architecture was built with; timm's know theirs.
+        origin: Tag and licence of the checkpoint that the weights come from, if any.
     """
 
     model: nn.Module
@@ -77,6 +63,7 @@ class Network:
     test: Preprocessing
     classes: tuple[str, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 def create_network(
@@ -94,14 +81,20 @@ def create_network(
         The network.
 
     Raises:
-        InputError: The architecture is not known, or cannot take the size.
+        InputError: The architecture is not known, or cannot take the size; or there is no choice
+            between classes.
     """
+    if len(classes) < 2:
+        raise InputError(
+            f"{', '.join(classes) or 'no class'}: a classifier needs at least two classes; "
+            "is the image source the folder that holds the class folders?"
+        )
     torch.manual_seed(seed)
     arguments: dict[str, Any] = {}
     model = _build(name, len(classes), arguments, size)
     config = getattr(model, "pretrained_cfg", None) or {"interpolation": "bilinear"}
-    train = _preprocessing(config, model, test=False)
-    train = replace(train, size=size or train.size, crop_mode="center")
+    train = resolve(config, model, name, test=False)
+    train = replace(train, size=train.size if size is None else size, crop_mode="center")
     _try_size(model, name, train.size)
     return Network(model, name, train, train, tuple(classes), arguments)
 
@@ -123,28 +116,37 @@ def open_network(source: str | nn.Module, *, size: int | None = None) -> Network
     if isinstance(source, nn.Module):
         return _wrap(source, size)
     if source.startswith("hf-hub:"):
-        model = timm.create_model(source, pretrained=True).eval()
-        return replace(_wrap(model, size), name=model.pretrained_cfg["architecture"])
+        try:
+            model = timm.create_model(source, pretrained=True)
+        except Exception as error:  # of the network, the hub, the files there, or timm
+            raise InputError(f"{source}: cannot be opened ({one_line(error)})") from error
+        check_finite(model.state_dict(), source)
+        return _wrap(model, size)
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise InputError(
             f"{source}: no such model folder; give a folder that holds {CONFIG} and {WEIGHTS}, "
             "or hf-hub:OWNER/NAME. `remanence learn classifier` trains one"
         )
-    config = _read_config(folder)
-    name = str(config["architecture"])
-    pretrained = config.get("pretrained_cfg") or {}
-    count = int(config.get("num_classes") or pretrained.get("num_classes") or 0)
-    arguments = dict(config.get("model_args") or {})
-    model = _build(name, count, arguments, None)
-    load_weights(model, _read_weights(folder), str(folder))
-    _check_normalisation(folder, config["architecture"], pretrained)
-    classes = tuple(config.get("label_names") or pretrained.get("label_names") or ())
-    if len(classes) != count:
-        classes = ()
-    train = _preprocessing(pretrained, model, test=False)
-    test = _preprocessing(pretrained, model, test=True)
-    return Network(model.eval(), name, train, test, classes, arguments)
+    config = read_config(folder)
+    name, pretrained = config["architecture"], config["pretrained_cfg"]
+    model = _build(name, config["num_classes"], config["model_args"], None)
+    load_weights(model, read_weights(folder), str(folder))
+    where = str(folder / CONFIG)
+    train = resolve(pretrained, model, where, test=False)
+    test = resolve(pretrained, model, where, test=True)
+    check_normalisation(train, name, str(pretrained.get("tag") or ""), where)
+    labels = config.get("label_names") or pretrained.get("label_names") or ()
+    classes = tuple(str(v) for v in (labels.values() if isinstance(labels, dict) else labels))
+    return Network(
+        model.eval(),
+        name,
+        train,
+        test,
+        classes if len(classes) == config["num_classes"] else (),
+        config["model_args"],
+        _origin(pretrained),
+    )
 
 
 def save_network(network: Network, folder: Path) -> None:
@@ -154,16 +156,17 @@ def save_network(network: Network, folder: Path) -> None:
         network: What to write; `train` and `test` go to `input_size`, `test_input_size` and the
             two `crop_pct`.
         folder: Folder to create.
+
+    Raises:
+        InputError: The network was built with arguments that JSON cannot hold.
+        OSError: The folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    model = network.model
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    train, test = network.train, network.test
+    model, train, test = network.model, network.train, network.test
     old = dict(getattr(model, "pretrained_cfg", {}) or {})
-    kept = ("first_conv", "classifier", "fixed_input_size", "license", "tag")
+    kept = ("first_conv", "classifier", "fixed_input_size")
     count = _num_classes(model, network)
-    pretrained = {k: old[k] for k in kept if old.get(k) is not None} | {
+    pretrained = {k: old[k] for k in kept if old.get(k) is not None} | network.origin
+    pretrained |= {
         "input_size": [3, train.size, train.size],
         "test_input_size": [3, test.size, test.size],
         "crop_pct": train.crop_pct,
@@ -175,50 +178,17 @@ def save_network(network: Network, folder: Path) -> None:
         "num_classes": count,
         "pool_size": None,
     }
-    config: dict[str, Any] = {"architecture": network.name, "num_classes": count}
+    name = network.name if network.name.startswith(TORCHVISION) else network.name.split(".")[0]
+    config: dict[str, Any] = {"architecture": name, "num_classes": count}
     if getattr(model, "num_features", None):
         config["num_features"] = model.num_features
-    config["pretrained_cfg"] = pretrained
-    if network.arguments:
-        config["model_args"] = network.arguments
+    # timm keeps account of its networks' arguments, input size and attention windows.
+    timms = not name.startswith(TORCHVISION)
+    config["model_args"] = get_model_args(model) if timms else network.arguments
     if network.classes:
         config["label_names"] = list(network.classes)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Load tensors that must fit to the last one.
-
-    Args:
-        model: Network to fill.
-        state: Tensors by name.
-        source: Where they come from, for messages.
-
-    Raises:
-        InputError: A tensor is missing, left over, of another shape, or not finite.
-    """
-    own = model.state_dict()
-    for what, names in (
-        ("missing", own.keys() - state.keys()),
-        ("unexpected", state.keys() - own.keys()),
-    ):
-        if names:
-            raise InputError(
-                f"{source}: the checkpoint does not fit the network: {len(names)} tensors {what}, "
-                f"first {min(names)}; was it written by another architecture?"
-            )
-    for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
-            raise InputError(
-                f"{source}: tensor {name} has shape {tuple(tensor.shape)}, the network expects "
-                f"{tuple(own[name].shape)}; check the architecture and num_classes in {CONFIG}"
-            )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(
-                f"{source}: tensor {name} holds NaN or infinity; the training that wrote it "
-                "diverged, take an earlier checkpoint"
-            )
-    model.load_state_dict(dict(state))
+    config["pretrained_cfg"] = pretrained
+    write_folder(folder, config, model.state_dict())
 
 
 def describe(preprocessing: Preprocessing) -> dict[str, Any]:
@@ -227,29 +197,47 @@ def describe(preprocessing: Preprocessing) -> dict[str, Any]:
 
 
 def _build(name: str, count: int, arguments: dict[str, Any], size: int | None) -> nn.Module:
-    # `arguments` also takes up what fixes the size, so that it can be written beside the weights.
-    if name.startswith("torchvision:"):
-        known = torchvision.models.list_models()
-        short = name.removeprefix("torchvision:")
-        if short not in known:
-            raise InputError(_unknown(name, [f"torchvision:{k}" for k in known]))
-        if size is not None and short.startswith("vit_"):
-            arguments["image_size"] = size
-        model: nn.Module = torchvision.models.get_model(
-            short, weights=None, num_classes=count, **arguments
-        )
-        return model
+    # `arguments` takes up what a torchvision network needs to be built again.
+    if size is not None and size < 1:
+        raise InputError(f"--size {size}: must be at least 1")
+    try:
+        if name.startswith(TORCHVISION):
+            return _build_torchvision(name.removeprefix(TORCHVISION), count, arguments, size)
+        return _build_timm(name, count, arguments, size)
+    except InputError:
+        raise
+    except Exception as error:  # a network's constructor checks its arguments as it likes
+        given = f" with {arguments}" if arguments else ""
+        raise InputError(f"{name}: cannot be built{given} ({one_line(error)})") from error
+
+
+def _build_torchvision(
+    name: str, count: int, arguments: dict[str, Any], size: int | None
+) -> nn.Module:
+    # Its other networks detect, segment or see video, and would fetch a backbone.
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise InputError(_unknown(TORCHVISION + name, [TORCHVISION + k for k in known]))
+    if name in ("googlenet", "inception_v3"):
+        arguments |= {"aux_logits": False, "init_weights": False}
+    if size is not None and name.startswith("vit_"):
+        arguments["image_size"] = size
+    if size is not None and name.startswith("maxvit_"):
+        arguments["input_size"] = [size, size]
+    model: nn.Module = torchvision.models.get_model(
+        name, weights=None, num_classes=count, **arguments
+    )
+    return model
+
+
+def _build_timm(name: str, count: int, arguments: dict[str, Any], size: int | None) -> nn.Module:
     if not timm.is_model(name):
         if "/" in name or Path(name).exists():
             raise InputError(f"{name}: not an architecture; give a timm name such as resnet18")
         raise InputError(_unknown(name, timm.list_models()))
-    try:
-        model = timm.create_model(name, pretrained=False, num_classes=count, **arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise InputError(f"{name}: cannot be built with {arguments} ({error})") from error
-    if size is not None and hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=(size, size))
-        arguments["img_size"] = size
+    if size is not None and timm.models.get_pretrained_cfg(name).fixed_input_size:
+        arguments = {**arguments, "img_size": size}
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=count, **arguments)
     return model
 
 
@@ -260,106 +248,55 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 
 
 def _try_size(model: nn.Module, name: str, size: int) -> None:
+    # torchvision does not say its strides; all but the ViTs' are 32.
+    unsaid = 32 if name.startswith(TORCHVISION) and "vit_" not in name else 1
+    steps = [info for info in getattr(model, "feature_info", ()) if isinstance(info, dict)]
+    stride = max((int(info["reduction"]) for info in steps), default=unsaid)
+    if size < stride:
+        raise InputError(
+            f"--size {size}: below the stride of {name}, {stride} pixels; choose at least {stride}"
+        )
     was_training = model.training
     try:
         with torch.no_grad():
             out = model.eval()(torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError) as error:
+    except Exception as error:  # whatever the layer at fault raises
         raise InputError(
-            f"{name}: cannot take images of {size} pixels ({str(error).splitlines()[0]}); "
-            "choose another --size"
+            f"--size {size}: {name} cannot take such images ({one_line(error)}); choose another"
         ) from error
     finally:
         model.train(was_training)
     if not bool(torch.isfinite(out).all()):
-        raise InputError(f"{name}: {size} pixels leave no feature map; choose a larger --size")
-
-
-def _preprocessing(config: Mapping[str, Any], model: nn.Module, *, test: bool) -> Preprocessing:
-    resolved = resolve_data_config(
-        {}, pretrained_cfg=dict(config), model=model, use_test_size=test
-    )
-    return Preprocessing(
-        size=int(resolved["input_size"][-1]),
-        crop_pct=float(resolved["crop_pct"]),
-        crop_mode=_crop_mode(str(resolved["crop_mode"])),
-        interpolation=str(resolved["interpolation"]),
-        mean=tuple(float(v) for v in resolved["mean"]),
-        std=tuple(float(v) for v in resolved["std"]),
-    )
-
-
-def _crop_mode(name: str) -> CropMode:
-    for mode in get_args(CropMode):
-        if mode == name:
-            return cast("CropMode", mode)
-    raise InputError(f"crop_mode {name!r}: unknown; use one of {', '.join(get_args(CropMode))}")
+        raise InputError(f"--size {size}: leaves {name} no feature map; choose a larger size")
 
 
 def _wrap(model: nn.Module, size: int | None) -> Network:
     config = getattr(model, "pretrained_cfg", None)
     name = str((config or {}).get("architecture") or type(model).__name__)
     if config:
-        train = _preprocessing(config, model, test=False)
-        test = _preprocessing(config, model, test=True)
+        train = resolve(config, model, name, test=False)
+        test = resolve(config, model, name, test=True)
         if size is not None:
             train = replace(train, size=size)
     elif size is None:
         raise InputError(f"{name}: has no timm configuration; give the size it was trained at")
     else:
         train = test = Preprocessing(size)
-    return Network(model.eval(), name, train, test)
+    labels = (config or {}).get("label_names") or ()
+    return Network(
+        model.eval(),
+        name,
+        train,
+        test,
+        tuple(labels) if len(labels) == getattr(model, "num_classes", 0) else (),
+        origin=_origin(config or {}),
+    )
+
+
+def _origin(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: config[k] for k in ("tag", "license") if config.get(k)}
 
 
 def _num_classes(model: nn.Module, network: Network) -> int:
     count = getattr(model, "num_classes", None)
     return int(count) if count is not None else len(network.classes)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{folder}: holds no readable {CONFIG}; is it a model folder?") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise InputError(f"{path}: has no 'architecture'; write the folder in timm's hub layout")
-    return config
-
-
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    safe, old = folder / WEIGHTS, folder / "pytorch_model.bin"
-    try:
-        if safe.exists():
-            tensors: dict[str, torch.Tensor] = load_file(safe)
-            return tensors
-        if old.exists():
-            state = torch.load(old, map_location="cpu", weights_only=True)
-            return dict(state)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{folder}: damaged weights ({reason}); fetch them again") from error
-    raise InputError(f"{folder}: holds no {WEIGHTS}")
-
-
-def _check_normalisation(folder: Path, name: str, config: Mapping[str, Any]) -> None:
-    # AdvProp checkpoints (tf_efficientnet_*.ap_in1k) want mean 0.5: the released FixEfficientNet
-    # code got this wrong, and nothing but the accuracy shows it.
-    tag = config.get("tag")
-    if not tag or name.startswith("torchvision:"):
-        return
-    try:
-        known = timm.models.get_pretrained_cfg(f"{name}.{tag}", allow_unregistered=True)
-    except RuntimeError:  # a tag that timm does not know
-        return
-    if known is None:
-        return
-    for key in ("mean", "std"):
-        given, right = config.get(key), getattr(known, key)
-        if given and any(abs(a - b) > 1e-3 for a, b in zip(given, right, strict=True)):
-            raise InputError(
-                f"{folder / CONFIG}: {key} {tuple(given)} contradicts {name}.{tag}, which was "
-                f"trained with {tuple(right)}; correct the configuration"
-            )

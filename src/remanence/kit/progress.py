@@ -95,4 +95,4 @@ def track(items: Sequence[Item], what: str, *, show: bool = True) -> Iterable[It
 
 def say(text: str) -> None:
     """Print one remark to stderr."""
-    console.print(text, highlight=False, markup=False)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

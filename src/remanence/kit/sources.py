@@ -5,7 +5,7 @@
 | `digits` | scikit-learn's 1,797 handwritten digits of 8x8 pixels, embedded |
 | a folder | class folders of image files, or split folders that hold class folders |
 | `FILE.parquet`, or a folder of them | Hugging Face layout: `image` struct of bytes, `label` |
-| `FILE.tar`, or a folder of them | class folders in a tar, or webdataset samples (`x.jpg` + `x.cls`) |
+| `FILE.tar`, or a folder of them | class folders in a tar, or webdataset: `x.jpg` + `x.cls` |
 | `torch/NAME:ROOT`, `hfds/NAME`, `wds/FOLDER` | timm's dataset names |
 
 `SOURCE@split` picks a split. What exists on disk is taken for a path, whatever it is called.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,10 +40,12 @@ WORDS = tuple(word for words in SPLITS.values() for word in words)
 
 
 def parse(source: str) -> tuple[str, str | None]:
-    """Take `SOURCE@split` apart; an @ inside an existing path, or before a /, belongs to the path."""
+    """Take `SOURCE@split` apart; an @ of an existing path, or before a /, is part of the path."""
     name, at, split = source.rpartition("@")
     if not at or "/" in split or _path(source).exists():
         return source, None
+    if not split:
+        raise InputError(f"{source}: names no split behind the @, such as {source}train")
     return name, split
 
 
@@ -170,9 +172,9 @@ def _class_folders(root: Path) -> archives.Listing:
     labels: list[int] = []
     for label, folder in enumerate(folders):
         inside: list[Path] = []
-        for place, names, files in os.walk(folder):
-            names[:] = _visible(names)
-            inside += [Path(place, name) for name in _visible(files) if _is_image(name)]
+        for place, nested, names in os.walk(folder):
+            nested[:] = _visible(nested)
+            inside += [Path(place, name) for name in _visible(names) if _is_image(name)]
         if not inside:
             raise InputError(f"{folder}: class folder without images; add images or remove it")
         paths += sorted(inside)
@@ -188,19 +190,19 @@ def _visible(names: Iterable[str]) -> list[str]:
 
 
 def _folders(root: Path) -> list[Path]:
-    return [root / name for name in _visible(os.listdir(root)) if (root / name).is_dir()]
+    return [root / name for name in _visible(p.name for p in root.iterdir() if p.is_dir())]
 
 
 def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
+    return PurePath(name).suffix.lower() in EXTENSIONS
 
 
 def _archive_files(root: Path) -> list[Path]:
     # The walk ends at the first image, so that a folder of a million images is not read twice.
     found: list[Path] = []
-    for place, names, files in os.walk(root):
-        names[:] = _visible(names)
-        files = _visible(files)
+    for place, folders, names in os.walk(root):
+        folders[:] = _visible(folders)
+        files = _visible(names)
         if any(_is_image(name) for name in files):
             if found:
                 raise InputError(

@@ -27,11 +27,13 @@ from remanence.learn.fixres import (
     SCOPES,
     Candidate,
     MultiResolution,
+    activation_statistics,
     apparent_size_ratio,
     choose,
     equalising_test_size,
     find_head,
     fixed_input_size,
+    forward_embedding,
     measure_cost,
     set_input_size_,
     total_stride,
@@ -211,6 +213,9 @@ def fixres(
         found = predict(served, reported, "report")
         results: dict[str, Any] = {
             "geometry": geometry,
+            "activations": predict.activations(
+                {s: m for s, m in served.items() if s.network == 0 and s.scope == "none"}, selection
+            ),
             "images": len(reported),
             "selection_images": len(selection),
             "skipped": train.skipped + selection.skipped + reported.skipped,
@@ -408,6 +413,32 @@ class _Predictor:
             return torch.cat([transform(image).flatten() for transform in transforms])
 
         return self._run({0: forward}, {0: pack}, images, "fuse")[0]
+
+    def activations(
+        self, served: Mapping[Setting, nn.Module], images: Images
+    ) -> list[dict[str, float]]:
+        """Measure the pooled embedding at each test size (arXiv 1906.06423, section 3.2)."""
+        sizes = {s.size: s for s in served if s.crop_pct == self.networks[0].test.crop_pct}
+        network = self.networks[0]
+        normalise = Normalise(network.test.mean, network.test.std)
+
+        def embed(model: nn.Module) -> Callable[[Tensor], Tensor]:
+            return lambda x: forward_embedding(model, normalise(x))
+
+        z = evaluate(
+            self.fabric,
+            {size: embed(served[s]) for size, s in sizes.items()},
+            {size: s.transform(network) for size, s in sizes.items()},
+            images.subset(np.arange(min(512, len(images)))),
+            batch_size=self.batch_size,
+            workers=self.workers,
+            what="activations",
+        )
+        found = {size: activation_statistics(values) for size, values in z.items()}
+        return [
+            {"size": size, "zero_fraction": s.zero_fraction, "std": s.std, "mean": s.mean}
+            for size, s in found.items()
+        ]
 
     def _function(self, setting: Setting, model: nn.Module) -> Callable[[Tensor], Tensor]:
         pre = self.networks[setting.network].test

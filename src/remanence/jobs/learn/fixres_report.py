@@ -45,6 +45,16 @@ def write(run: RunFolder, results: dict[str, Any]) -> None:
     report.section("How large objects look")
     for geometry in results["geometry"]:
         report.text(_explain(geometry))
+    report.section("Activations")
+    report.table(
+        ["test size", "zeros, %", "standard deviation", "mean"],
+        [
+            [row["size"], 100 * row["zero_fraction"], row["std"], row["mean"]]
+            for row in results["activations"]
+        ],
+        "The pooled embedding that enters the head, not adapted, on selection images: with more "
+        "cells to average over, a larger test size gives fewer exact zeros and a smaller spread.",
+    )
     report.section("Every setting")
     report.table(
         [
