@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import timm
 import torch
 from timm.data import create_transform
@@ -22,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 import harness
 from remanence.kit import architectures
-from remanence.kit.batches import AugmentedImages, Batches, CachedViews
+from remanence.kit.batches import AugmentedImages, Batches, CachedViews, drawn_view
 from remanence.kit.devices import launch
 from remanence.kit.evaluate import Normalise, evaluate
 from remanence.kit.fit import Recipe, fit
@@ -98,10 +99,17 @@ def cached(course: Course) -> harness.Lap:
     def embed(images: Tensor) -> Tensor:
         return forward_embedding(adaptation.model, NORMALISE(images), head)
 
-    functions = dict.fromkeys(range(len(views)), embed)
-    features = course.evaluate(functions, dict(enumerate(views)), course.train)
+    count, seed = len(course.train), course.recipe.seed
+    shown = np.stack([drawn_view(seed, e, count, len(views)) for e in range(course.recipe.epochs)])
+    features = torch.empty(0)
+    for number, view in enumerate(views):
+        rows = np.flatnonzero((shown == number).any(axis=0))
+        part = course.evaluate({0: embed}, {0: view}, course.train.subset(rows))[0]
+        if not len(features):
+            features = torch.zeros(len(views), count, part.shape[1])
+        features[number, rows] = part
     batches = CachedViews(
-        torch.stack([features[view] for view in range(len(views))]),
+        features,
         torch.from_numpy(course.train.labels),
         course.batch_size,
         seed=course.recipe.seed,

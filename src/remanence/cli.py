@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(str(error))
     except OSError as error:
         # A full disk or a folder that cannot be written is the user's to mend; the rest is ours.
-        if error.errno is None or error.filename is None and error.strerror is None:
+        if error.errno is None or error.strerror is None:
             raise
         return _refuse(f"{error.filename or 'writing'}: {error.strerror}")
     except KeyboardInterrupt:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -49,9 +50,7 @@ class AugmentedImages(Dataset[tuple[torch.Tensor, int, int]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
         epoch, row = key
-        seed = int(
-            np.random.SeedSequence((self.seed, epoch, row)).generate_state(1, np.uint64)[0] >> 1
-        )
+        seed = int(_seeds(self.seed, epoch, len(self))[row])
         # torchvision draws from torch's generator, timm's augmentations from Python and NumPy.
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
@@ -60,10 +59,23 @@ class AugmentedImages(Dataset[tuple[torch.Tensor, int, int]]):
         return pixels, int(self.images.labels[row]), row
 
 
+@lru_cache(maxsize=2)
+def _seeds(seed: int, epoch: int, count: int) -> np.ndarray[Any, Any]:
+    # One draw for the whole epoch: a SeedSequence for each image takes a tenth of its transform.
+    return np.random.default_rng((seed, epoch, 2)).integers(2**63, size=count)
+
+
 def collate(samples: Sequence[tuple[torch.Tensor, int, int]]) -> tuple[torch.Tensor, ...]:
     """Stack samples into (inputs, labels, rows)."""
     inputs, labels, rows = zip(*samples, strict=True)
-    return torch.stack(inputs), torch.tensor(labels), torch.tensor(rows)
+    return stack(inputs), torch.tensor(labels), torch.tensor(rows)
+
+
+def stack(samples: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stack samples; images (3, K, K) come out channels last, as a decoder lays them out."""
+    if samples[0].ndim != 3:
+        return torch.stack(tuple(samples))
+    return torch.stack([image.permute(1, 2, 0) for image in samples]).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,18 @@ class Plan:
             yield [(epoch, int(row)) for row in mine], weight
 
 
+class _Steps(Sampler[list[tuple[int, int]]]):
+    """The steps of the epoch under way."""
+
+    keys: Sequence[list[tuple[int, int]]] = ()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
 class Batches:
     """Training batches of a data set, by epoch."""
 
@@ -126,10 +150,18 @@ class Batches:
                 away from the network, and one for each core beside a GPU.
         """
         self.plan = Plan(len(data), batch_size, seed, rank, world)  # type: ignore[arg-type]  # Dataset declares no __len__
-        self._data = data
         if workers is None:
             workers = min(16, os.cpu_count() or 1) if torch.cuda.is_available() else 0
-        self._workers = workers
+        self._steps = _Steps()
+        # Loader processes stay from epoch to epoch: to start them takes longer than many a step.
+        self._loader = DataLoader(
+            data,
+            batch_sampler=self._steps,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+        )
 
     @property
     def steps(self) -> int:
@@ -138,15 +170,8 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch from step `start` on."""
-        keys, weights = zip(*self.plan.epoch(epoch, start), strict=True)
-        loader = DataLoader(
-            self._data,
-            batch_sampler=keys,
-            num_workers=self._workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-        )
-        for (inputs, labels, rows), weight in zip(loader, weights, strict=True):
+        self._steps.keys, weights = zip(*self.plan.epoch(epoch, start), strict=True)
+        for (inputs, labels, rows), weight in zip(self._loader, weights, strict=True):
             yield Batch(inputs, labels, rows, weight)
 
 

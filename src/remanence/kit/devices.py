@@ -40,10 +40,10 @@ def launch(devices: int = 1, precision: Precision = "auto", accelerator: str = "
         nodes = int(os.environ.get("SLURM_NNODES", "1")) if devices > 1 else 1
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    if accelerator == "cuda" and devices > torch.cuda.device_count():
-        raise InputError(
-            f"--devices {devices}: this machine has {torch.cuda.device_count()} CUDA devices"
-        )
+    there = torch.cuda.device_count() if accelerator == "cuda" else os.cpu_count() or 1
+    if not 1 <= devices <= there:
+        kind = "CUDA devices" if accelerator == "cuda" else "processor cores"
+        raise InputError(f"--devices {devices}: this machine has {there} {kind}")
     if precision == "auto":
         bf16 = accelerator == "cuda" and torch.cuda.is_bf16_supported()
         precision = "bf16-mixed" if bf16 else "32-true"
@@ -54,6 +54,8 @@ def launch(devices: int = 1, precision: Precision = "auto", accelerator: str = "
         strategy="ddp" if devices * nodes > 1 else "auto",
         precision=precision,
     )
+    # Sizes repeat for thousands of steps, so trying cuDNN's algorithms once pays.
+    torch.backends.cudnn.benchmark = accelerator == "cuda"
     fabric.launch()
     return fabric
 
@@ -74,7 +76,10 @@ def seed_all(*numbers: int) -> None:
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  # timm's mixup draws from the global generator
-    torch.manual_seed(seed)
+    # torch.manual_seed formats a stack trace for every backend that has not been started.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
 
 
 def versions() -> dict[str, str]:

@@ -199,7 +199,8 @@ def fit(
             wrapped.train()
             for callback in before_epoch:
                 callback(training)
-            sums = torch.tensor(training.sums, dtype=torch.float64, device=fabric.device)
+            losses = torch.tensor(training.sums[0], dtype=torch.float64, device=fabric.device)
+            seen = training.sums[1]
             training.sums = (0.0, 0.0)
             for batch in batches.epoch(epoch, training.step % steps):
                 seed_all(recipe.seed, training.step)
@@ -218,9 +219,10 @@ def fit(
                     averaged.update(model, step=training.step + 2)
                 training.step += 1
                 count = len(batch.labels)
-                sums += torch.stack([value.detach().double() * count, sums.new_tensor(count)])
+                losses += value.detach() * count
+                seen += count  # on the host: a copy to the device would wait for it
                 if training.step % 20 == 0:
-                    training.loss = _checked(sums, training.step, recipe)
+                    training.loss = _checked(losses, seen, training.step, recipe)
                     progress.note(f"loss {training.loss:.3f}")
                 progress.advance()
                 for callback in after_step:
@@ -228,12 +230,14 @@ def fit(
                 every = recipe.checkpoint_steps
                 if run is not None and every and training.step % every == 0:
                     within = training.step % steps != 0
-                    training.sums = (float(sums[0]), float(sums[1])) if within else (0.0, 0.0)
+                    training.sums = (float(losses), seen) if within else (0.0, 0.0)
                     run.save_state(stage, _snapshot(training))
                     training.sums = (0.0, 0.0)
-            sums = sum_over_processes(fabric, sums)
+            losses, counted = sum_over_processes(
+                fabric, torch.stack([losses, losses.new_tensor(seen)])
+            )
             _average_running_statistics(fabric, model)
-            training.loss = _checked(sums, training.step, recipe)
+            training.loss = _checked(losses, float(counted), training.step, recipe)
             rate = groups[0]["lr"]
             metrics: dict[str, float] = {"loss": training.loss, "lr": rate}
             for report in after_epoch:
@@ -245,8 +249,8 @@ def fit(
     return training.best.eval()
 
 
-def _checked(sums: Tensor, step: int, recipe: Recipe) -> float:
-    mean = float(sums[0] / sums[1].clamp(min=1))
+def _checked(losses: Tensor, seen: float, step: int, recipe: Recipe) -> float:
+    mean = float(losses) / max(seen, 1.0)
     if not math.isfinite(mean):
         raise InputError(
             f"the loss is {mean} at step {step}: lower the learning rate ({recipe.lr:g}) "

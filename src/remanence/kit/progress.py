@@ -73,7 +73,9 @@ def bar(what: str, total: int, *, done: int = 0, show: bool = True) -> Iterator[
         yield Bar(progress, task := progress.add_task(what, total=total, completed=done, note=""))
         if show and not console.is_terminal:  # a log gets one line instead of a moving bar
             seconds = progress.tasks[task].elapsed or 0.0
-            say(f"{what}: {total - done:,} in {seconds:.1f} s {progress.tasks[task].fields['note']}")
+            say(
+                f"{what}: {total - done:,} in {seconds:.1f} s {progress.tasks[task].fields['note']}"
+            )
 
 
 def track(items: Sequence[Item], what: str, *, show: bool = True) -> Iterable[Item]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import json
 import shutil
 import time
@@ -80,7 +81,10 @@ class RunFolder:
         if self.first:
             target = self.path(f"{name}.ckpt")
             part = target.with_suffix(".part")
-            torch.save(state, part)
+            try:
+                torch.save(state, part)
+            except RuntimeError as error:  # torch's word for a full disk is "unexpected pos"
+                raise OSError(errno.EIO, "cannot be written; is the disk full?", part) from error
             part.replace(target)
 
     def load_state(self, name: str) -> dict[str, Any] | None:
@@ -152,7 +156,7 @@ def run_folder(
         InputError: The folder exists, cannot be written, or there is nothing to resume.
     """
     out = out.expanduser()
-    partial = out.with_name(out.name + ".partial")
+    partial = out.parent / f"{out.name}.partial"
     plain = json.loads(json.dumps(dict(options), default=str))
     run = RunFolder(out, partial, resume, first=rank == 0)
     if run.first:
@@ -165,13 +169,16 @@ def run_folder(
         if run.first:
             write_json(partial / "run.json", run.facts)
         yield run
-    except BaseException:
+        run.facts["seconds"] = round(time.perf_counter() - started, 2)
+        if run.first:
+            write_json(partial / "run.json", run.facts)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            error.filename = str(partial)
         if run.first:
             _abandon(run)
         raise
     if run.first:
-        run.facts["seconds"] = round(time.perf_counter() - started, 2)
-        write_json(partial / "run.json", run.facts)
         for checkpoint in partial.glob("*.ckpt"):
             checkpoint.unlink()
         partial.replace(out)
@@ -183,7 +190,12 @@ def _open(run: RunFolder, options: dict[str, Any]) -> None:
     if run.resumed:
         if not (run.partial / "run.json").exists():
             raise InputError(f"{run.partial}: no interrupted run to resume; leave out --resume")
-        before = json.loads((run.partial / "run.json").read_text(encoding="utf-8"))["options"]
+        try:
+            before = json.loads((run.partial / "run.json").read_text(encoding="utf-8"))["options"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{run.partial / 'run.json'}: damaged; remove {run.partial} and start again"
+            ) from error
         for name in sorted(before.keys() | options.keys()):
             if before.get(name) != options.get(name):
                 raise InputError(
@@ -197,6 +209,8 @@ def _open(run: RunFolder, options: dict[str, Any]) -> None:
                 f"{run.partial}: an interrupted run lies here; pass --resume to go on with it, "
                 "or remove it"
             )
+        if any(run.partial.iterdir()) and not (run.partial / "run.json").exists():
+            raise InputError(f"{run.partial}: not a run of ours; move it, or choose another --out")
         shutil.rmtree(run.partial)
     try:
         run.partial.mkdir(parents=True)

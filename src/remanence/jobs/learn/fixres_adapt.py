@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from remanence.kit.batches import AugmentedImages, Batches, CachedViews
+from remanence.kit.batches import AugmentedImages, Batches, CachedViews, drawn_view
 from remanence.kit.devices import sum_over_processes
 from remanence.kit.evaluate import Normalise, evaluate
 from remanence.kit.fit import fit
@@ -210,17 +210,29 @@ class Adapter:
         def embed(x: Tensor) -> Tensor:
             return forward_embedding(adaptation.model, normalise(x), head)
 
-        features = evaluate(
-            self.fabric,
-            dict.fromkeys(range(len(views)), embed),
-            dict(enumerate(views)),
-            self.images,
-            batch_size=self.tuning.batch_size,
-            workers=self.tuning.workers,
-            what=f"features {stage}",
+        recipe, count = self.tuning.recipe, len(self.images)
+        shown = np.stack(
+            [drawn_view(recipe.seed, e, count, len(views)) for e in range(recipe.epochs)]
         )
+        features = torch.empty(0)
+        for number, view in enumerate(views):
+            # Only what some epoch will show: never more than a pass an epoch.
+            rows = np.flatnonzero((shown == number).any(axis=0))
+            found = evaluate(
+                self.fabric,
+                {0: embed},
+                {0: view},
+                self.images.subset(rows),
+                batch_size=self.tuning.batch_size,
+                workers=self.tuning.workers,
+                what=f"features {stage} {number + 1}/{len(views)}",
+            )
+            if len(rows):
+                if not len(features):
+                    features = torch.zeros(len(views), count, found[0].shape[1])
+                features[number, rows] = found[0]
         return CachedViews(
-            torch.stack([features[view] for view in range(len(views))]),
+            features,
             torch.from_numpy(self.images.labels),
             self.tuning.batch_size,
             seed=self.tuning.recipe.seed,
