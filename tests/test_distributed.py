@@ -1,4 +1,4 @@
-"""Two processes (torchrun, gloo) and one count every sample once and agree."""
+"""Several processes (torchrun, gloo) and one count every sample once and agree."""
 
 import json
 import os
@@ -8,6 +8,8 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
+
+from remanence.cli import main
 
 TRAIN = (
     "learn classifier digits --model {model} --size {size} --epochs 2 --limit 101 --batch-size 16 "
@@ -20,11 +22,12 @@ FIX = (
 
 
 def run(words, processes):
+    if processes == 1:
+        assert main(words.split()) == 0
+        return
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     start += [f"--nproc-per-node={processes}", "-m", "remanence"]
-    if processes == 1:
-        start = [sys.executable, "-m", "remanence"]
     done = subprocess.run(
         [*start, *words.split()], check=False, env=env, capture_output=True, text=True
     )
@@ -39,7 +42,7 @@ def trained(tmp_path_factory):
         out = folder / f"train{processes}"
         run(TRAIN.format(model="convnext_atto", size=32, out=out), processes)
     run(TRAIN.format(model="cifar_convnet5", size=12, out=folder / "bn"), 1)
-    for processes in (1, 2):
+    for processes in (1, 2, 4):
         words = FIX.format(model=folder / "bn" / "model", out=folder / f"fix{processes}")
         run(words, processes)
     return folder
@@ -57,17 +60,20 @@ def test_training_takes_the_same_steps(trained):
 
 
 def test_every_sample_is_evaluated_once(trained):
-    tables = [pq.read_table(trained / f"fix{n}" / "predictions.parquet") for n in (1, 2)]
+    tables = [pq.read_table(trained / f"fix{n}" / "predictions.parquet") for n in (1, 2, 4)]
     for table in tables:
         ids = table.column("id").to_pylist()
         assert len(ids) == len(set(ids)) == 101
-    assert tables[0].column("id") == tables[1].column("id")
+    assert all(table.column("id") == tables[0].column("id") for table in tables)
 
 
-def test_metrics_agree(trained):
-    one, two = (json.loads((trained / f"fix{n}" / "results.json").read_text()) for n in (1, 2))
-    assert one["images"] == two["images"] == 101
-    measured = ("gmacs", "latency_ms", "activation_mib")
-    for a, b in zip(one["candidates"], two["candidates"], strict=True):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_metrics_agree(trained, processes):
+    one, several = (
+        json.loads((trained / f"fix{n}" / "results.json").read_text()) for n in (1, processes)
+    )
+    assert one["images"] == several["images"] == 101  # divisible by neither 2 nor 4
+    measured = ("latency_ms", "pareto")
+    for a, b in zip(one["candidates"], several["candidates"], strict=True):
         for key in a.keys() - set(measured):
             assert a[key] == pytest.approx(b[key], abs=1e-5), key

@@ -41,7 +41,7 @@ def launch(devices: int = 1, precision: Precision = "auto", accelerator: str = "
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     there = torch.cuda.device_count() if accelerator == "cuda" else os.cpu_count() or 1
-    if not 1 <= devices <= there:
+    if world == 1 and not 1 <= devices <= there:
         kind = "CUDA devices" if accelerator == "cuda" else "processor cores"
         raise InputError(f"--devices {devices}: this machine has {there} {kind}")
     if precision == "auto":
@@ -73,7 +73,7 @@ def seed_all(*numbers: int) -> None:
     A step that is seeded by (seed, step) draws the same numbers whether the run was interrupted
     before it or not: nothing random needs to be kept in a checkpoint.
     """
-    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  # timm's mixup draws from the global generator
     # torch.manual_seed formats a stack trace for every backend that has not been started.
