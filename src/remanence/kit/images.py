@@ -250,9 +250,12 @@ def _decode(images: Images, *, skip_broken: bool, cache_bytes: int, show: bool) 
         return images
 
     def read(rows: range) -> list[npt.NDArray[np.uint8] | None]:
-        found = [_pixels(images, row, skip=skip_broken) for row in rows]
-        # Over the limit only the verdict is kept; a slice would hold on to the pixels.
-        return found if keep else [None if p is None else _NO_PIXELS for p in found]
+        found: list[npt.NDArray[np.uint8] | None] = []
+        for row in rows:
+            pixels = _pixels(images, row, skip=skip_broken)
+            # Over the limit only the verdict is kept; a slice would hold on to the pixels.
+            found.append(pixels if keep or pixels is None else _NO_PIXELS)
+        return found
 
     # Small images take a thread longer to be handed than to be read: it gets 64 at a time.
     count = len(images)
