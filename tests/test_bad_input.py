@@ -266,7 +266,7 @@ def test_a_disk_that_fills_up_loses_no_training(tmp_path, monkeypatch, capsys):
     ("more", "message"),
     [
         ("--epochs 0", "--epochs 0: must be at least 1"),
-        ("--lr 0", "--lr 0: must be positive"),
+        ("--lr 0", "--lr 0: must be at least"),
         ("--batch-size 1", "--batch-size 1: must be at least 2"),
         ("--scale 0.5 0.2", "--scale 0.5 0.2: give two fractions"),
         ("--limit 0", "--limit 0: must be at least 1"),

@@ -57,7 +57,7 @@ def build() -> App:
         help="Fifteen published methods on what data leaves behind in a network.",
         version=_version,
         version_format="plaintext",
-        default_parameter=cyclopts.Parameter(negative=()),
+        default_parameter=cyclopts.Parameter(negative_iterable=()),
     )
     rooms = {name: App(name=name, help=text) for name, text in ROOMS.items()}
     for room in rooms.values():

@@ -37,7 +37,8 @@ def broken():
     return BROKEN
 
 
-def test_claims_that_hold_exit_with_0(claims, tmp_path):
+@pytest.mark.usefixtures("claims")
+def test_claims_that_hold_exit_with_0(tmp_path):
     assert cli.main(["reproduce", "held", "--out", str(tmp_path / "r")]) == 0
     html = (tmp_path / "r" / "report.html").read_text()
     for text in (HELD.paper, HELD.sentence, HELD.measured, HELD.control, "The details of it."):
@@ -45,7 +46,8 @@ def test_claims_that_hold_exit_with_0(claims, tmp_path):
     assert json.loads((tmp_path / "r" / "results.json").read_text())["held"]["holds"] is True
 
 
-def test_a_claim_that_does_not_hold_is_shown_and_exits_with_1(claims, tmp_path):
+@pytest.mark.usefixtures("claims")
+def test_a_claim_that_does_not_hold_is_shown_and_exits_with_1(tmp_path):
     assert cli.main(["reproduce", "--out", str(tmp_path / "r")]) == 1
     html = (tmp_path / "r" / "report.html").read_text()
     assert "does not hold" in html
@@ -53,13 +55,15 @@ def test_a_claim_that_does_not_hold_is_shown_and_exits_with_1(claims, tmp_path):
     assert "It is not so &lt;b&gt;." in html
 
 
-def test_an_unknown_system_is_refused(claims, tmp_path, capsys):
+@pytest.mark.usefixtures("claims")
+def test_an_unknown_system_is_refused(tmp_path, capsys):
     assert cli.main(["reproduce", "nothing", "--out", str(tmp_path / "r")]) == 2
     assert "held, broken" in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "r").exists()
 
 
-def test_the_report_takes_the_next_free_name(claims, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("claims")
+def test_the_report_takes_the_next_free_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [cli.main(["reproduce", "held"]) for _ in range(2)] == [0, 0]
     assert (tmp_path / "remanence-report" / "report.html").exists()

@@ -1,16 +1,20 @@
 """Devices, precision and processes: how a job asks Lightning Fabric for them."""
 
+from __future__ import annotations
+
 import os
 import platform
 import random
 from importlib.metadata import version
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 
 from remanence.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 
@@ -32,6 +36,8 @@ def launch(devices: int = 1, precision: Precision = "auto", accelerator: str = "
     Raises:
         InputError: The devices asked for are not there.
     """
+    from lightning_fabric import Fabric
+
     world = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
     if world > 1:
@@ -84,18 +90,12 @@ def seed_all(*numbers: int) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    import timm
-    import torchvision
-
-    from remanence import __version__
-
+    packages = ("torchvision", "timm", "lightning-fabric")
     return {
-        "remanence": __version__,
+        "remanence": version("remanence"),
         "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "timm": str(timm.__version__),
-        "lightning-fabric": version("lightning-fabric"),
+        "torch": str(torch.__version__),  # with the build, which the package's version lacks
+        **{name: version(name) for name in packages},
     }
 
 

@@ -7,7 +7,7 @@ import errno
 import json
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +53,7 @@ class RunFolder:
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """Return the lines of one stage of `metrics.jsonl`."""
         path = self.path("metrics.jsonl")
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [row for row in map(json.loads, lines) if row.get("stage") == stage]
+        return [row for row in _rows(path) if row.get("stage") == stage]
 
     def summary(self) -> dict[str, str]:
         """Return what a report says about how it came to be."""
@@ -113,12 +112,20 @@ class RunFolder:
         path = self.path("metrics.jsonl")
         if not (self.first and path.exists()):
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row.get("step", 0) <= steps.get(row.get("stage", ""), float("inf")):
-                kept.append(line + "\n")
+        kept = [
+            json.dumps(row) + "\n"
+            for row in _rows(path)
+            if row.get("step", 0) <= steps.get(row.get("stage", ""), float("inf"))
+        ]
         path.write_text("".join(kept), encoding="utf-8")
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):  # a kill may have cut the last line
+            rows.append(json.loads(line))
+    return rows
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

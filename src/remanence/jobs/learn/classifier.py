@@ -12,6 +12,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from remanence.errors import InputError
+from remanence.jobs.options import check_options
 from remanence.kit.batches import AugmentedImages, Batches
 from remanence.kit.devices import Precision, launch
 from remanence.kit.evaluate import Normalise, evaluate
@@ -118,7 +119,9 @@ def classifier(
         resume: Go on with the interrupted run in OUT.partial.
     """
     options: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("out", "resume")}
-    _check(epochs=epochs, batch_size=batch_size, lr=lr, scale=scale)
+    check_options(options)
+    if batch_size < 2:
+        raise InputError(f"--batch-size {batch_size}: must be at least 2, for batch norm")
     fabric = launch(devices, precision)
     with run_folder(
         out, "learn classifier", options, seed=seed, resume=resume, rank=fabric.global_rank
@@ -127,18 +130,7 @@ def classifier(
         train, validation, test = open_splits(data, skip_broken=skip_broken, limit=limit, show=show)
         network = create_network(model, train.classes, size=size, seed=seed)
         pre = network.train
-        augmentation = create_transform(
-            input_size=pre.size,
-            is_training=True,
-            use_prefetcher=True,
-            scale=scale,
-            hflip=flip,
-            color_jitter=jitter or None,
-            auto_augment=augment,
-            interpolation=pre.interpolation,
-            mean=pre.mean,
-            std=pre.std,
-        )
+        augmentation = _augmentation(network, scale, flip, jitter, augment)
         batches = Batches(
             AugmentedImages(train, augmentation, seed),
             batch_size,
@@ -184,7 +176,8 @@ def classifier(
         held_out, name = (validation, "validation") if test is None else (test, "test")
         found = predict(fabric, network.model, network, held_out, what=name)
         if run.first:
-            _write(run, network, found, name, train, held_out)
+            skipped = train.skipped + validation.skipped + (test.skipped if test else 0)
+            _write(run, network, found, name, train, skipped)
     return Trained(out, found.accuracy, found)
 
 
@@ -207,17 +200,32 @@ def predict(
     return Predictions.from_logits(list(images.ids), torch.from_numpy(images.labels), logits)
 
 
-def _check(*, epochs: int, batch_size: int, lr: float, scale: tuple[float, float]) -> None:
-    if epochs < 1:
-        raise InputError(f"--epochs {epochs}: must be at least 1")
-    if batch_size < 2:
-        raise InputError(f"--batch-size {batch_size}: must be at least 2, for batch norm")
-    if lr <= 0:
-        raise InputError(f"--lr {lr:g}: must be positive")
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise InputError(
-            f"--scale {scale[0]:g} {scale[1]:g}: give two fractions, 0 < MIN <= MAX <= 1"
+def _augmentation(
+    network: Network,
+    scale: tuple[float, float],
+    flip: float,
+    jitter: float,
+    augment: str | None,
+) -> Any:
+    pre = network.train
+    try:
+        return create_transform(
+            input_size=pre.size,
+            is_training=True,
+            use_prefetcher=True,
+            scale=scale,
+            hflip=flip,
+            color_jitter=jitter or None,
+            auto_augment=augment,
+            interpolation=pre.interpolation,
+            mean=pre.mean,
+            std=pre.std,
         )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise InputError(
+            f"--augment {augment}: not one of timm's augmentations ({' '.join(str(error).split())})"
+            "; for example rand-m9-mstd0.5"
+        ) from error
 
 
 def _mixing(mixup: float, cutmix: float, smoothing: float, classes: int) -> Any:
@@ -238,7 +246,7 @@ def _mixing(mixup: float, cutmix: float, smoothing: float, classes: int) -> Any:
 
 
 def _write(
-    run: RunFolder, network: Network, found: Predictions, name: str, train: Images, held: Images
+    run: RunFolder, network: Network, found: Predictions, name: str, train: Images, skipped: int
 ) -> None:
     save_network(network, run.path("model"))
     found.write(run.path("predictions.parquet"))
@@ -252,7 +260,7 @@ def _write(
         "accuracy_top5": float(found.correct5.mean()),
         "train_images": len(train),
         "classes": len(train.classes),
-        "skipped": train.skipped + held.skipped,
+        "skipped": skipped,
         "parameters": sum(p.numel() for p in network.model.parameters()),
         "preprocessing": describe(network.test),
     }

@@ -15,6 +15,7 @@ from remanence.errors import InputError
 from remanence.jobs.learn import fixres_report
 from remanence.jobs.learn.fixres_adapt import Adapter, Setting, Tuning
 from remanence.jobs.learn.fixres_figures import candidate_rows, compared, reassessed
+from remanence.jobs.options import check_options
 from remanence.kit.devices import Precision, launch
 from remanence.kit.evaluate import Normalise, evaluate
 from remanence.kit.fit import Recipe
@@ -149,7 +150,7 @@ def fixres(
     """
     options: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("out", "resume")}
     scopes = scope or ["classifier+last_bn"]
-    elsewhere = _check(scopes, epochs, batch_size, lr, also or [], fuse)
+    elsewhere = _check(scopes, also or [], fuse, options)
     fabric = launch(devices, precision)
     with run_folder(
         out, "learn fixres", options, seed=seed, resume=resume, rank=fabric.global_rank
@@ -254,19 +255,13 @@ def fixres(
 
 
 def _check(
-    scopes: Iterable[str],
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    also: Iterable[str],
-    fuse: str | None,
+    scopes: Iterable[str], also: Iterable[str], fuse: str | None, options: Mapping[str, Any]
 ) -> dict[str, str]:
     """Refuse what cannot work before anything is opened; return the other test sets by name."""
+    check_options(options)
     for name in scopes:
         if name not in SCOPES:
             raise InputError(f"--scope {name}: unknown; choose from {', '.join(SCOPES)}")
-    if epochs < 1 or batch_size < 1 or lr <= 0:
-        raise InputError("--epochs and --batch-size must be at least 1, and --lr positive")
     if fuse not in (None, "logits", "prob", "embedding"):
         raise InputError(f"--fuse {fuse}: choose from logits, prob, embedding")
     elsewhere = {}
@@ -492,7 +487,4 @@ def _as_chosen(networks: list[Network], chosen: Setting, model: nn.Module) -> Ne
     """Return the chosen network with its evaluation size, to be written."""
     network = networks[chosen.network]
     test = replace(network.test, size=chosen.size, crop_pct=chosen.crop_pct)
-    arguments = dict(network.arguments)
-    if "img_size" in arguments:
-        arguments["img_size"] = chosen.size
-    return replace(network, model=model, test=test, arguments=arguments)
+    return replace(network, model=model, test=test)

@@ -1,0 +1,69 @@
+"""Checks of options that several commands share."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from timm.optim import list_optimizers
+
+from remanence.errors import InputError
+
+ANY = math.inf
+# Smallest and largest value of each option, both allowed.
+RANGES: dict[str, tuple[float, float]] = {
+    "batch_size": (1, ANY),
+    "budget_gmacs": (0, ANY),
+    "budget_ms": (0, ANY),
+    "checkpoint_steps": (1, ANY),
+    "clip": (1e-12, ANY),
+    "cutmix": (0, ANY),
+    "ema": (0, 1),
+    "epochs": (1, ANY),
+    "erase": (0, 1),
+    "flip": (0, 1),
+    "jitter": (0, 1),
+    "limit": (2, ANY),
+    "lr": (1e-12, 1e6),
+    "mixup": (0, ANY),
+    "seed": (0, 2**63 - 1),
+    "smoothing": (0, 1),
+    "statistics_images": (2, ANY),
+    "train_size": (1, ANY),
+    "warmup_epochs": (0, ANY),
+    "weight_decay": (0, 1e6),
+    "workers": (0, 1024),
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options out of their range, before anything is opened.
+
+    Args:
+        options: Values by name; None means not given.
+
+    Raises:
+        InputError: Names the option, its value and its range.
+    """
+    for name, (low, high) in RANGES.items():
+        value = options.get(name)
+        if value is not None and not low <= value <= high:  # NaN is in no range
+            most = "" if high == ANY else f" and at most {high:g}"
+            raise InputError(f"{_flag(name)} {value:g}: must be at least {low:g}{most}")
+    for name in ("scale", "train_scale"):
+        low, high = options.get(name) or (1, 1)
+        if not 0 < low <= high <= 1:
+            raise InputError(
+                f"{_flag(name)} {low:g} {high:g}: give two fractions, 0 < MIN <= MAX <= 1"
+            )
+    optimizer = options.get("optimizer")
+    if optimizer is not None and optimizer not in list_optimizers():
+        near = difflib.get_close_matches(str(optimizer), list_optimizers(), cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "for example sgd or adamw"
+        raise InputError(f"--optimizer {optimizer}: unknown to timm; {hint}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
