@@ -25,7 +25,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "erase": (0, 1),
     "flip": (0, 1),
     "jitter": (0, 1),
-    "limit": (2, ANY),
+    "limit": (1, ANY),
     "lr": (1e-12, 1e6),
     "mixup": (0, ANY),
     "seed": (0, 2**63 - 1),
