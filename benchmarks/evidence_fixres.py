@@ -21,12 +21,13 @@ from remanence.kit.predictions import Predictions
 from remanence.kit.statistics import paired_bootstrap
 
 TRAIN = (
-    "--model regnetx_002 --size 96 --epochs 25 --optimizer adamw --lr 2e-3 --weight-decay 0.05 "
-    "--warmup-epochs 1 --precision bf16-mixed"
+    "--model cifar_convnet5 --size 96 --epochs 8 --optimizer adamw --lr 2e-3 --weight-decay 0.05 "
+    "--precision bf16-mixed"
 )
 FIX = (
-    "--sizes 64 --sizes 96 --sizes 128 --sizes 160 --sizes 192 --tune-sizes 96 --tune-sizes 128 "
-    "--tune-sizes 160 --epochs 3 --precision bf16-mixed --fuse logits"
+    "--sizes 72 --sizes 96 --sizes 108 --sizes 120 --sizes 132 --sizes 144 --sizes 168 "
+    "--tune-sizes 96 --tune-sizes 120 --tune-sizes 132 --epochs 2 --precision bf16-mixed "
+    "--fuse logits"
 )
 
 

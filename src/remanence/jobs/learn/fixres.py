@@ -15,9 +15,9 @@ from remanence.errors import InputError
 from remanence.jobs.learn import fixres_report
 from remanence.jobs.learn.fixres_adapt import Adapter, Setting, Tuning
 from remanence.jobs.learn.fixres_figures import candidate_rows, compared, reassessed
+from remanence.jobs.learn.fixres_predict import Predictor
 from remanence.jobs.options import check_options
 from remanence.kit.devices import Precision, launch
-from remanence.kit.evaluate import Normalise, evaluate
 from remanence.kit.fit import Recipe
 from remanence.kit.images import Images, open_images, open_splits
 from remanence.kit.models import Network, open_network, save_network
@@ -28,23 +28,20 @@ from remanence.learn.fixres import (
     SCOPES,
     Candidate,
     MultiResolution,
-    activation_statistics,
     apparent_size_ratio,
     choose,
     equalising_test_size,
     find_head,
     fixed_input_size,
-    forward_embedding,
     measure_cost,
     set_input_size_,
     total_stride,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     import numpy.typing as npt
-    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)
@@ -204,7 +201,7 @@ def fixres(
                     setting = Setting(i, name, size, network.test.crop_pct)
                     served[setting] = adapt(network, setting)
 
-        predict = _Predictor(fabric, networks, batch_size, workers)
+        predict = Predictor(fabric, networks, batch_size, workers)
         candidates = _judge(served, networks, predict(served, selection, "select"))
         best = choose(list(candidates.values()), budget_gmacs=budget_gmacs, budget_ms=budget_ms)
         chosen = next(setting for setting, candidate in candidates.items() if candidate is best)
@@ -368,94 +365,6 @@ def _at_size(network: Network, size: int) -> nn.Module:
         return resized
     set_input_size_(network.model, size)  # refuses what the network cannot take
     return network.model
-
-
-@dataclass(frozen=True)
-class _Predictor:
-    """Predicts every image in every setting, decoding it once."""
-
-    fabric: Fabric
-    networks: list[Network]
-    batch_size: int
-    workers: int
-
-    def __call__(
-        self, served: Mapping[Setting, nn.Module], images: Images, what: str
-    ) -> dict[Setting, Predictions]:
-        transforms = {s: s.transform(self.networks[s.network]) for s in served}
-        functions = {s: self._function(s, model) for s, model in served.items()}
-        return self._run(functions, transforms, images, what)
-
-    def fused(
-        self, together: MultiResolution, members: list[Setting], images: Images
-    ) -> Predictions:
-        """Predict with all members of the bank together."""
-        network = self.networks[0]
-        normalise = Normalise(network.test.mean, network.test.std)
-        transforms = [s.transform(network) for s in members]
-        lengths = [3 * s.size**2 for s in members]
-
-        def forward(packed: Tensor) -> Tensor:  # (B, sum of 3 K^2): one image's views in a row
-            views = torch.split(packed, lengths, dim=1)
-            images_by_size = {
-                s.size: normalise(view.reshape(-1, 3, s.size, s.size))
-                for s, view in zip(members, views, strict=True)
-            }
-            logits: Tensor = together(images_by_size)
-            return logits
-
-        def pack(image: Any) -> Tensor:
-            return torch.cat([transform(image).flatten() for transform in transforms])
-
-        return self._run({0: forward}, {0: pack}, images, "fuse")[0]
-
-    def activations(
-        self, served: Mapping[Setting, nn.Module], images: Images
-    ) -> list[dict[str, float]]:
-        """Measure the pooled embedding at each test size (arXiv 1906.06423, section 3.2)."""
-        sizes = {s.size: s for s in served if s.crop_pct == self.networks[0].test.crop_pct}
-        network = self.networks[0]
-        normalise = Normalise(network.test.mean, network.test.std)
-
-        def embed(model: nn.Module) -> Callable[[Tensor], Tensor]:
-            return lambda x: forward_embedding(model, normalise(x))
-
-        z = evaluate(
-            self.fabric,
-            {size: embed(served[s]) for size, s in sizes.items()},
-            {size: s.transform(network) for size, s in sizes.items()},
-            images.subset(np.arange(min(512, len(images)))),
-            batch_size=self.batch_size,
-            workers=self.workers,
-            what="activations",
-        )
-        found = {size: activation_statistics(values) for size, values in z.items()}
-        return [
-            {"size": size, "zero_fraction": s.zero_fraction, "std": s.std, "mean": s.mean}
-            for size, s in found.items()
-        ]
-
-    def _function(self, setting: Setting, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        pre = self.networks[setting.network].test
-        normalise = Normalise(pre.mean, pre.std)
-        model.eval()
-        return lambda x: model(normalise(x))
-
-    def _run(
-        self, functions: Mapping[Any, Any], transforms: Mapping[Any, Any], images: Images, what: str
-    ) -> dict[Any, Predictions]:
-        logits = evaluate(
-            self.fabric,
-            functions,
-            transforms,
-            images,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            what=what,
-        )
-        labels = torch.from_numpy(images.labels)
-        ids = list(images.ids)
-        return {key: Predictions.from_logits(ids, labels, logits[key]) for key in functions}
 
 
 def _judge(
