@@ -32,13 +32,13 @@ class _Measured:
     Attributes:
         equalising: Size at which objects would look as large as in training, pixels.
         right: Share of the seeds that predict each reported image right, (N,).
-        selection: Mean accuracy on the selection images.
+        recommended: The multiple of the network's stride next to it.
         calibration_error: Mean expected calibration error.
     """
 
     equalising: float
+    recommended: int
     right: dict[tuple[str, int], npt.NDArray[np.float64]]
-    selection: dict[tuple[str, int], float]
     calibration_error: dict[tuple[str, int], float]
 
     def accuracy(self, scope: str, size: int) -> float:
@@ -49,10 +49,6 @@ class _Measured:
         return BootstrapDifference(
             *(100 * v for v in paired_bootstrap(self.right[a], self.right[b]))
         )
-
-    def chosen(self, scope: str) -> int:
-        """Return the test size that the selection images choose, over all seeds."""
-        return max(TUNED, key=lambda size: self.selection[scope, size])
 
     @property
     def best(self) -> int:
@@ -89,9 +85,8 @@ def fixefficientnet_claim() -> Claim:
 
 def _measure(model: str, scope: str, *, smoothing: float) -> _Measured:
     right: dict[tuple[str, int], list[npt.NDArray[np.float64]]] = {}
-    selection: dict[tuple[str, int], list[float]] = {}
     calibration: dict[tuple[str, int], list[float]] = {}
-    equalising = 0.0
+    geometry: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_scenes(folder / "scenes")
@@ -119,22 +114,22 @@ def _measure(model: str, scope: str, *, smoothing: float) -> _Measured:
                 smoothing=smoothing,
                 seed=seed,
             )
-            equalising = fixed.results["geometry"][0]["equalising_size"]
+            # Shapes of images and crops alone recommend the size: nothing is selected.
+            geometry = fixed.results["geometry"][0]
             for row, correct in zip(fixed.results["candidates"], fixed.correct, strict=True):
                 key = (row["scope"], row["size"])
                 right.setdefault(key, []).append(correct.astype(np.float64))
-                selection.setdefault(key, []).append(row["accuracy_selection"])
                 calibration.setdefault(key, []).append(row["calibration_error"])
     return _Measured(
-        equalising,
+        geometry["equalising_size"],
+        geometry["recommended"],
         {key: np.mean(arrays, axis=0) for key, arrays in right.items()},
-        {key: float(np.mean(values)) for key, values in selection.items()},
         {key: float(np.mean(values)) for key, values in calibration.items()},
     )
 
 
 def _claim(measured: _Measured, scope: str, **words: str) -> Claim:
-    larger = measured.chosen(scope)
+    larger = measured.recommended
     base, tuned, same = ("none", TRAIN_SIZE), (scope, larger), (scope, TRAIN_SIZE)
     whole = measured.gain(tuned, base)
     control = measured.gain(same, base)
@@ -146,7 +141,7 @@ def _claim(measured: _Measured, scope: str, **words: str) -> Claim:
         data=DESCRIPTION,
         measured=(
             f"Trained at {TRAIN_SIZE} pixels: {measured.accuracy(*base):.1f} % there, best without "
-            f"adaptation at {measured.best}; tuned at {larger}, chosen on other images: "
+            f"adaptation at {measured.best}; tuned at {larger}, where objects look alike: "
             f"{measured.accuracy(*tuned):.1f} %, {_points(whole)}. Mean of {len(SEEDS)} seeds."
         ),
         control=(
@@ -187,7 +182,7 @@ def _details(report: Report, measured: _Measured, scope: str) -> None:
                 key[1],
                 Cell(
                     measured.accuracy(*key),
-                    "best" if key == (scope, measured.chosen(scope)) else None,
+                    "best" if key == (scope, measured.recommended) else None,
                 ),
                 *measured.gain(key, ("none", TRAIN_SIZE)),
                 measured.calibration_error[key],
