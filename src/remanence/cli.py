@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ROOMS = {
     "learn": "Train and sharpen networks.",
+    "audit": "Ask whether a model saw data.",
 }
 
 # command -> (job, one line of help): the help of the menu must not import the job.

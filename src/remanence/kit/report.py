@@ -69,10 +69,17 @@ class Report:
         """Add a paragraph of plain text."""
         self._add("text", text=paragraph)
 
-    def verdict(self, holds: bool | None, sentence: str) -> None:
-        """Say whether a claim holds; None means that the run could not decide it."""
-        words = {True: "holds", False: "does not hold", None: "not decided"}[holds]
-        self._add("verdict", css=words.replace(" ", "-"), words=words, sentence=sentence)
+    def verdict(self, holds: bool | None, sentence: str, words: str | None = None) -> None:
+        """Say whether a claim holds; None means that the run could not decide it.
+
+        Args:
+            holds: What the run decided.
+            sentence: The finding in one sentence.
+            words: What the mark says in place of holds, does not hold and not decided.
+        """
+        usual = {True: "holds", False: "does not hold", None: "not decided"}[holds]
+        css = usual.replace(" ", "-")
+        self._add("verdict", css=css, words=words or usual, sentence=sentence)
 
     def facts(self, mapping: Mapping[str, object]) -> None:
         """Add a small list of names and exact values: command, options, versions, seed, device."""

@@ -1,0 +1,1 @@
+"""Did this model see this data? Membership inference, Deja Vu, radioactive data."""
