@@ -1,9 +1,13 @@
 import math
+import re
 
 import pytest
+import timm
+import torch
 
 from remanence import cli
 from remanence.errors import InputError
+from remanence.jobs.learn.classifier import classifier
 from remanence.jobs.options import RANGES, check_options
 
 
@@ -40,4 +44,33 @@ def test_the_command_says_so_in_one_line_and_leaves_nothing(option, message, tmp
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_of_the_architecture_travel_with_the_model(tmp_path):
+    out = tmp_path / "run"
+    classifier(
+        "digits",
+        out=out,
+        model="regnetx_002",
+        model_arg=["output_stride=16"],
+        size=32,
+        epochs=1,
+        limit=20,
+        batch_size=10,
+    )
+    opened = timm.create_model(f"local-dir:{out / 'model'}", pretrained=True)
+    assert opened.forward_features(torch.zeros(1, 3, 64, 64)).shape[-2:] == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("output_stride", "--model-arg output_stride: give NAME=VALUE"),
+        ("bogus=3", "resnet18: cannot be built with {'bogus': 3}"),
+    ],
+)
+def test_a_bad_argument_of_the_architecture_is_refused(tmp_path, word, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        classifier("digits", out=tmp_path / "run", model="resnet18", model_arg=[word])
     assert not list(tmp_path.iterdir())

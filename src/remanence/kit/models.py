@@ -67,7 +67,12 @@ class Network:
 
 
 def create_network(
-    name: str, classes: Sequence[str], *, size: int | None = None, seed: int = 0
+    name: str,
+    classes: Sequence[str],
+    *,
+    size: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> Network:
     """Build an architecture with fresh weights.
 
@@ -75,6 +80,7 @@ def create_network(
         name: timm architecture or `torchvision:NAME`.
         classes: Class names.
         size: Side of the input; the architecture's own where None.
+        arguments: Arguments of the architecture beside its name, such as `output_stride`.
         seed: Seed of the weights.
 
     Returns:
@@ -90,13 +96,13 @@ def create_network(
             "is the image source the folder that holds the class folders?"
         )
     torch.manual_seed(seed)
-    arguments: dict[str, Any] = {}
-    model = _build(name, len(classes), arguments, size)
+    given = dict(arguments or {})
+    model = _build(name, len(classes), given, size)
     config = getattr(model, "pretrained_cfg", None) or {"interpolation": "bilinear"}
     train = resolve(config, model, name, test=False)
     train = replace(train, size=train.size if size is None else size, crop_mode="center")
     _try_size(model, name, train.size)
-    return Network(model, name, train, train, tuple(classes), arguments)
+    return Network(model, name, train, train, tuple(classes), given)
 
 
 def open_network(source: str | nn.Module, *, size: int | None = None) -> Network:

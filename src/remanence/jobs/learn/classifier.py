@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,7 @@ def classifier(
     *,
     out: Path,
     model: str = "resnet18",
+    model_arg: list[str] | None = None,
     size: int | None = None,
     epochs: int = 30,
     batch_size: int = 64,
@@ -90,6 +92,8 @@ def classifier(
         data: Image source: digits, a folder of class folders, parquet, tar, or a timm dataset name.
         out: Run folder to create.
         model: timm architecture, or torchvision:NAME.
+        model_arg: Argument of the architecture as NAME=VALUE, for example output_stride=16 or
+            drop_path_rate=0.1; may be given several times.
         size: Side of the training crops, pixels; the architecture's own if not given.
         epochs: Passes over the training images.
         batch_size: Images a step, over all devices.
@@ -128,7 +132,8 @@ def classifier(
     ) as run:
         show = fabric.is_global_zero
         train, validation, test = open_splits(data, skip_broken=skip_broken, limit=limit, show=show)
-        network = create_network(model, train.classes, size=size, seed=seed)
+        arguments = _arguments(model_arg or [])
+        network = create_network(model, train.classes, size=size, arguments=arguments, seed=seed)
         pre = network.train
         augmentation = _augmentation(network, scale, flip, jitter, augment)
         batches = Batches(
@@ -198,6 +203,19 @@ def predict(
     )[0]
     model.train(was_training)
     return Predictions.from_logits(list(images.ids), torch.from_numpy(images.labels), logits)
+
+
+def _arguments(given: list[str]) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for word in given:
+        name, equals, value = word.partition("=")
+        if not (name.isidentifier() and equals):
+            raise InputError(f"--model-arg {word}: give NAME=VALUE, for example output_stride=16")
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    return arguments
 
 
 def _augmentation(
