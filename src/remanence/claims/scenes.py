@@ -28,28 +28,46 @@ DESCRIPTION = (
 def write_scenes(folder: Path, seed: int = 0) -> None:
     """Write the scenes as class folders below `train`, `validation` and `test`.
 
-    Each digit appears in one scene only, so no handwriting is shared between splits.
-
     Args:
         folder: Folder to create.
         seed: Seed of the split and of the scenes.
     """
-    digits = load_digits()
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(digits.target))
-    parts = {"train": order[:900], "validation": order[900:1200], "test": order[1200:]}
+    scenes, labels, numbers = draw_scenes(seed)
+    parts = {"train": slice(900), "validation": slice(900, 1200), "test": slice(1200, None)}
     for split, rows in parts.items():
         for label in range(10):
             (folder / split / str(label)).mkdir(parents=True)
-        for row in rows:
-            clutter = digits.images[rng.choice(parts["train"], 3)]
-            scene = _scene(digits.images[row], clutter, rng)
-            scene.save(folder / split / str(digits.target[row]) / f"{row:04d}.png")
+        for scene, label, number in zip(scenes[rows], labels[rows], numbers[rows], strict=True):
+            Image.fromarray(scene).save(folder / split / str(label) / f"{number:04d}.png")
+
+
+def draw_scenes(
+    seed: int = 0,
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Draw one scene of each digit, in random order.
+
+    Each digit appears in one scene only, and the clutter comes from the first 900, so no
+    handwriting of one part is the object in another.
+
+    Args:
+        seed: Seed of the order and of the scenes.
+
+    Returns:
+        Scenes (1797, 40, 40), their classes (1797,), and each digit's number in scikit-learn.
+    """
+    digits = load_digits()
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(digits.target))
+    scenes = []
+    for row in order:
+        clutter = digits.images[rng.choice(order[:900], 3)]
+        scenes.append(_scene(digits.images[row], clutter, rng))
+    return np.stack(scenes), digits.target[order].astype(np.int64), order
 
 
 def _scene(
     digit: npt.NDArray[np.float64], clutter: npt.NDArray[np.float64], rng: np.random.Generator
-) -> Image.Image:
+) -> npt.NDArray[np.uint8]:
     coarse = rng.normal(100, 12, size=(10, 10)).clip(0, 255).astype(np.uint8)
     canvas = _enlarged(coarse, CANVAS)
     middle = CANVAS / 2
@@ -60,7 +78,7 @@ def _scene(
     at = middle + rng.uniform(-5, 5, size=2)
     _stamp(canvas, digit, int(rng.integers(16, 23)), at, rng.uniform(100, 155) * _sign(rng))
     noisy = canvas + rng.normal(0, 4, size=canvas.shape)
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+    return noisy.clip(0, 255).astype(np.uint8)
 
 
 def _sign(rng: np.random.Generator) -> float:
