@@ -34,6 +34,30 @@ COMMANDS = {
         "remanence.jobs.learn.fixres:fixres",
         "Fix the train-test resolution discrepancy of a trained classifier.",
     ),
+    ("audit", "membership"): (
+        "remanence.jobs.audit.membership:membership",
+        "Was each sample in training? Membership inference, and how leaky the network is.",
+    ),
+    ("audit", "dejavu"): (
+        "remanence.jobs.audit.dejavu:dejavu",
+        "Was this data set, or part of it, in training?",
+    ),
+    ("audit", "memorize"): (
+        "remanence.jobs.audit.memorize:memorize",
+        "How many arbitrary images can an architecture store?",
+    ),
+    ("audit", "layers"): (
+        "remanence.jobs.audit.layers:layers",
+        "Which layers of a network still tell who was a member?",
+    ),
+    ("audit", "mark"): (
+        "remanence.jobs.audit.mark:mark",
+        "Mark images so that training on them can be proved.",
+    ),
+    ("audit", "detect"): (
+        "remanence.jobs.audit.detect:detect",
+        "Was a network trained on images that were marked with this key?",
+    ),
 }
 
 

@@ -154,3 +154,14 @@ def test_bad_input_names_the_mend(fitted: dict[str, QuantileModel]) -> None:
         fit_quantiles(x * torch.nan, t)
     with pytest.raises(InputError, match=r"give 0\.0001 to 1"):
         fitted["pinball"].threshold(1e-5)
+
+
+def test_a_column_that_is_constant_in_the_fitted_part_counts_for_nothing_elsewhere():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 3, generator=generator)
+    t = torch.randn(400, generator=generator)
+    x[:, 1] = 0.25
+    model = fit_quantiles(x, t, epochs=3)
+    moved = x.clone()
+    moved[:, 1] = 7.0
+    assert np.allclose(model.score(moved, t), model.score(x, t))

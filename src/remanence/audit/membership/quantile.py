@@ -46,7 +46,9 @@ class QuantileNetwork(nn.Module):
         super().__init__()
         flat = x.flatten(1).float()
         self.register_buffer("mean", flat.mean(dim=0))
-        self.register_buffer("std", flat.std(dim=0).clamp(min=1e-6))
+        std = flat.std(dim=0)
+        # A constant column tells nothing, and must not explode where it is not constant.
+        self.register_buffer("std", torch.where(std > 1e-6, std, torch.inf))
         self.layers = nn.Sequential(
             nn.Linear(flat.shape[1], width),
             nn.SiLU(),

@@ -48,6 +48,7 @@ from remanence.audit.radioactive.head import (
     prepare_head,
 )
 from remanence.audit.radioactive.marking import (
+    LEAST_COSINE,
     MarkConfig,
     Marked,
     MarkingInfeasible,
@@ -68,6 +69,7 @@ from remanence.audit.radioactive.null import (
 )
 
 __all__ = [
+    "LEAST_COSINE",
     "Alignment",
     "AlignmentSums",
     "Augmentation",

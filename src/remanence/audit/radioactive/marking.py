@@ -42,7 +42,8 @@ Preset = Literal["paper", "fast", "small"]
 Precision = Literal["float32", "float64", "bfloat16"]
 _Images = TypeVar("_Images", Tensor, list[Tensor])
 
-_LEAST_COSINE = 0.2
+# Below this median cosine between change and carrier, training on the marks hardly shows.
+LEAST_COSINE = 0.2
 
 
 class MarkingInfeasible(UserWarning):
@@ -262,10 +263,10 @@ def mark(
 def _feasible(dot: NDArray[np.float64], move: NDArray[np.float64]) -> Check:
     """Look at the cosine between the features' moves and the carriers; warn where it is low."""
     cosine = float(np.median(np.divide(dot, move, out=np.zeros_like(dot), where=move > 0)))
-    holds = cosine >= _LEAST_COSINE
+    holds = cosine >= LEAST_COSINE
     finding = f"the median cosine between feature change and carrier is {cosine:.2f}"
     if not holds:
-        finding += f", below {_LEAST_COSINE}"
+        finding += f", below {LEAST_COSINE}"
         warnings.warn(
             f"{finding}: training on these marks will hardly show; mark larger images, allow more "
             "change, or use features with fewer dimensions",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from remanence.audit.evidence import Evidence
 from remanence.kit.report import Cell, Report
 
-_HELD = {True: Cell("holds"), False: Cell("does not hold", "bad"), None: Cell("not checked")}
+_HELD = {True: Cell("holds"), False: Cell("does not hold", "bad"), None: Cell("open")}
 
 
 def add_evidence(report: Report, evidence: Evidence) -> None:

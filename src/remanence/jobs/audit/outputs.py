@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from remanence.errors import InputError
@@ -187,12 +188,12 @@ def pixel_hashes(images: Images) -> NDArray[np.str_]:
 
     Files that differ only in their container, as PNG and BMP do, count as the same image.
     """
+    return np.array([pixel_hash(images.image(row)) for row in range(len(images))])
 
-    def digest(row: int) -> str:
-        image = images.image(row)
-        return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
-    return np.array([digest(row) for row in range(len(images))])
+def pixel_hash(image: Image) -> str:
+    """Return the SHA-256 of a decoded RGB image's size and pixels."""
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
 def refuse_overlap(first: Outputs | Images, second: Outputs | Images, names: Sequence[str]) -> None:
@@ -207,14 +208,20 @@ def refuse_overlap(first: Outputs | Images, second: Outputs | Images, names: Seq
         InputError: Says how many images are in both, and names one.
     """
     a, b = _hashes(first), _hashes(second)
-    if a is None or b is None:
-        return
-    shared = np.isin(b, a)
+    if a is not None and b is not None:
+        refuse_shared(a, b, second.ids, names)
+
+
+def refuse_shared(
+    first: NDArray[Any], second: NDArray[Any], ids: Sequence[str], names: Sequence[str]
+) -> None:
+    """Refuse hashes (N,) and (M,) that share a value; `ids` names the second, as above."""
+    shared = np.isin(second, first)
     if shared.any():
-        example = second.ids[int(np.flatnonzero(shared)[0])]
+        example = ids[int(np.flatnonzero(shared)[0])]
         raise InputError(
-            f"{int(shared.sum())} of {len(b)} {names[1]} are also {names[0]} (such as {example}); "
-            "remove them from one side"
+            f"{int(shared.sum())} of {len(second)} {names[1]} are also {names[0]} (such as "
+            f"{example}); remove them from one side"
         )
 
 
