@@ -17,7 +17,7 @@ from remanence.audit.dejavu.capacity import CapacityCurve, CapacityPoint, capaci
 from remanence.audit.dejavu.contribution import contributions
 from remanence.audit.dejavu.dataset_inference import blind_walk, min_gd
 from remanence.audit.dejavu.depth_profile import DepthProfile, LayerResult, Protocol
-from remanence.audit.dejavu.detect import Detection, Outcome, Test, detect, run_test
+from remanence.audit.dejavu.detect import Detection, detect
 from remanence.audit.dejavu.detect_many import detect_many
 from remanence.audit.dejavu.features import Pool
 from remanence.audit.dejavu.fraction import displayed, fraction_equivalence, leaked_fraction
@@ -27,6 +27,7 @@ from remanence.audit.dejavu.leak import images_needed, min_detectable_fraction, 
 from remanence.audit.dejavu.learned_test import LearnedResult, learned_test
 from remanence.audit.dejavu.memorization_report import MemorizationReport, View, Yardsticks
 from remanence.audit.dejavu.memorize import Memorizer, fit_memorizer
+from remanence.audit.dejavu.named_tests import Outcome, Test, run_test
 from remanence.audit.dejavu.null_check import null_rejections
 from remanence.audit.dejavu.pixels import distinct
 from remanence.audit.dejavu.power import Power, detectable, images_needed_by_rank

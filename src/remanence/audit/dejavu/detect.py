@@ -6,33 +6,21 @@ set: different content differs in confidence whatever the training set was.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from remanence.audit.dejavu.fraction import leaked_fraction
-from remanence.audit.dejavu.kolmogorov_smirnov import Alternative, ks_two_sample
-from remanence.audit.dejavu.leak import (
-    images_needed,
-    min_detectable_fraction,
-    min_detectable_fraction_by_rank,
-)
-from remanence.audit.dejavu.learned_test import learned_test
-from remanence.audit.dejavu.rank_test import auc_interval, mann_whitney
+from remanence.audit.dejavu.named_tests import Test, run_test
+from remanence.audit.dejavu.power import detectable
+from remanence.audit.dejavu.rank_test import auc_interval
 from remanence.audit.dejavu.scores import Floats, Groups, as_scores, pooled_clusters
 from remanence.audit.evidence import Check, Evidence
 from remanence.errors import InputError
 
-Test = Literal["ks", "ks1", "mw", "mw_loss", "calibrated", "learned"]
 Pair = tuple[ArrayLike, ArrayLike]
 
 FEWEST = 20
-RANKED = {
-    "mw": "AUC of confidence",
-    "mw_loss": "AUC of the label's margin",
-    "calibrated": "AUC of calibrated scores",
-}
 QUESTION = "Was the model trained on the candidates, or on a part of them?"
 NULL = "candidates and references are exchangeable: the model saw neither in training"
 UNMENDED = "a reference from another source than the candidates would void any verdict"
@@ -50,68 +38,6 @@ class Detection:
 
     primary: Evidence
     exploratory: tuple[Evidence, ...] = ()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one test found.
-
-    Attributes:
-        statistic: Its name.
-        value: Its value.
-        log10_p: Decimal logarithm of the p-value.
-        method: How the p-value was computed.
-        scores: Candidate and reference scores behind it; out-of-fold ones for the learned test.
-    """
-
-    statistic: str
-    value: float
-    log10_p: float
-    method: str
-    scores: tuple[Floats, Floats]
-
-
-def run_test(
-    test: Test,
-    candidate: ArrayLike,
-    reference: ArrayLike,
-    *,
-    groups: Groups | None = None,
-    permutations: int = 2000,
-    seed: int = 0,
-) -> Outcome:
-    """Run one test by name.
-
-    Args:
-        test: "ks": two-sided Kolmogorov-Smirnov on label-free confidence. "ks1": the same,
-            one-sided. "mw": rank test on confidence. "mw_loss": rank test on the margin of the true
-            label. "calibrated": rank test on scores calibrated by reference models. "learned":
-            cross-fitted regressor on features.
-        candidate: The scores that the test's name asks for (n,), or features (n, F).
-        reference: The same for references, (m,) or (m, F).
-        groups: Cluster names of the candidates (n,) and references (m,).
-        permutations: How many, where the test permutes.
-        seed: For the permutations.
-
-    Raises:
-        InputError: The test is unknown, or its input unusable.
-    """
-    if test not in get_args(Test):
-        raise InputError(f"test {test!r} is unknown: give one of {', '.join(get_args(Test))}")
-    if test == "learned":
-        learned = learned_test(
-            candidate, reference, groups=groups, permutations=permutations, seed=seed
-        )
-        scores = learned.candidate, learned.reference
-        return Outcome("out-of-fold t", learned.t, learned.log10_p, learned.method, scores)
-    scores = as_scores(candidate, "candidate"), as_scores(reference, "reference")
-    if test in RANKED:
-        ranks = mann_whitney(*scores, groups=groups, permutations=permutations, seed=seed)
-        return Outcome(RANKED[test], ranks.auc, ranks.log10_p, ranks.method, scores)
-    side = _alternative(test)
-    ks = ks_two_sample(*scores, side, groups=groups, permutations=permutations, seed=seed)
-    name = "one-sided KS distance" if test == "ks1" else "KS distance"
-    return Outcome(name, ks.d, ks.log10_p, ks.method, scores)
 
 
 def detect(
@@ -252,33 +178,18 @@ def _power(
     level: float,
 ) -> str:
     """What the known members tell about the smallest leak that the test can find."""
-    is_candidate = pooled_clusters(groups, len(np.asarray(candidate)), len(np.asarray(reference)))[
-        1
-    ]
+    sizes = len(np.asarray(candidate)), len(np.asarray(reference))
+    is_candidate = pooled_clusters(groups, *sizes)[1]
     m, n = int(is_candidate.sum()), int((~is_candidate).sum())
-    useless = "the known members score no higher than the references, so no leak could be found"
-    advice = ""
-    if test in RANKED:
-        auc_full = mann_whitney(members, reference).auc
-        if auc_full <= 0.5:
-            return useless
-        smallest = min_detectable_fraction_by_rank(auc_full, m, n, level)
-    else:
-        side = _alternative(test)
-        d_full = ks_two_sample(members, reference, side, "asymptotic").d
-        if d_full <= 0:
-            return useless
-        smallest = min_detectable_fraction(d_full, m, n, level, side)
-        target = min(1.0, smallest) / 2
-        needed = images_needed(d_full, target, level, 0.8, side)
-        advice = f"; {needed:,} images a side would find {target:.1%} four times in five"
+    smallest = detectable(test, m, n, members, reference, level=level, leaks=()).smallest
+    if smallest is None:
+        return "the known members score no higher than the references, so no leak could be found"
+    half = min(1.0, smallest) / 2
+    needed = detectable(test, m, n, members, reference, level=level, leaks=(half,)).needed[half]
+    advice = f"; {needed:,} images a side would find {half:.1%} four times in five"
     if smallest > 1:
-        return f"with {m:,} candidates and {n:,} references not even a full leak is found" + advice
-    return f"leaks below {smallest:.1%} may be missed" + advice
-
-
-def _alternative(test: Test) -> Alternative:
-    return "greater" if test == "ks1" else "two-sided"
+        return f"with {m:,} candidates and {n:,} references not even a full leak is found{advice}"
+    return f"leaks below {smallest:.1%} may be missed{advice}"
 
 
 def sentence(*parts: str) -> str:

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from remanence.audit.dejavu.detect import UNMENDED, Test, gather_evidence, sentence
+from remanence.audit.dejavu.detect import UNMENDED, gather_evidence, sentence
 from remanence.audit.dejavu.kolmogorov_smirnov import ks_two_sample
 from remanence.audit.dejavu.leak import critical_constant
+from remanence.audit.dejavu.named_tests import Test
 from remanence.audit.dejavu.scores import as_scores
 from remanence.audit.evidence import Check, Estimate, Evidence
 from remanence.errors import InputError

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from numpy.typing import ArrayLike
 from scipy import special
 
-from remanence.audit.dejavu.detect import RANKED, Test
-from remanence.audit.dejavu.kolmogorov_smirnov import Alternative, ks_two_sample
+from remanence.audit.dejavu.kolmogorov_smirnov import ks_two_sample
 from remanence.audit.dejavu.leak import (
     images_needed,
     min_detectable_fraction,
     min_detectable_fraction_by_rank,
 )
+from remanence.audit.dejavu.named_tests import RANKED, Test, alternative
 from remanence.audit.dejavu.rank_test import mann_whitney
 from remanence.errors import InputError
 
@@ -71,7 +71,7 @@ def detectable(
             min_detectable_fraction_by_rank(auc, m, n, level),
             {leak: images_needed_by_rank(auc, leak, level) for leak in leaks},
         )
-    side: Alternative = "greater" if test == "ks1" else "two-sided"
+    side = alternative(test)
     d = ks_two_sample(members, reference, side, "asymptotic").d
     if d <= 0:
         return Power(d, None, {})
