@@ -15,15 +15,9 @@ from scipy import fft, stats
 from sklearn.datasets import load_digits
 from torchvision.transforms.functional import gaussian_blur, hflip, resize
 
+from remanence.audit.duplicates import clusters, duplicates, perceptual_hash
 from remanence.audit.evidence import Check
-from remanence.audit.guard import (
-    ImageSet,
-    clusters,
-    duplicates,
-    guard,
-    image_features,
-    perceptual_hash,
-)
+from remanence.audit.guard import ImageSet, guard, image_features
 from remanence.errors import InputError
 
 CIFAR = Path(__file__).parents[3] / "shared/data/cifar10/test.parquet"

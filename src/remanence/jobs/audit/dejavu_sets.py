@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from remanence.audit.duplicates import clusters, perceptual_hash
 from remanence.audit.evidence import Check
-from remanence.audit.guard import ImageSet, clusters, guard, perceptual_hash
+from remanence.audit.guard import ImageSet, guard
 from remanence.errors import InputError
 from remanence.jobs.audit.dejavu_scores import Samples, array_set
 from remanence.jobs.audit.image_sets import image_sets, refuse_shared

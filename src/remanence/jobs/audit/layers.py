@@ -14,8 +14,9 @@ from torch import Tensor
 from remanence.audit.dejavu import DepthProfile, LayerProbe, Pool, Protocol, Shadow
 from remanence.audit.dejavu.depth_profile import profile
 from remanence.audit.dejavu.features import DepthReader
+from remanence.audit.duplicates import clusters, perceptual_hash
 from remanence.audit.evidence import Check, Evidence
-from remanence.audit.guard import ImageSet, clusters, guard, perceptual_hash
+from remanence.audit.guard import ImageSet, guard
 from remanence.errors import InputError
 from remanence.jobs.audit.image_sets import image_sets, refuse_shared
 from remanence.jobs.audit.layers_report import build_report, write_scores
