@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from remanence.audit.membership.power import power_statement
 from remanence.audit.membership.roc import (
     auc_estimate,
     decide,
     delong,
     evaluate,
     mann_whitney_log10_p,
-    power_statement,
     tpr_at,
 )
 from remanence.errors import InputError

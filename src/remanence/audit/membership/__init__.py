@@ -37,20 +37,19 @@ from remanence.audit.membership.calibration import Calibrator, Reliability, reli
 from remanence.audit.membership.designs import PublicDesign, balanced_design, public_design
 from remanence.audit.membership.groups import GroupScores, clustered_auc, combine
 from remanence.audit.membership.inverse_hessian import inverse_hessian_attack
+from remanence.audit.membership.power import Power, power_statement
 from remanence.audit.membership.privacy import EpsilonBound, epsilon_lower_bound
 from remanence.audit.membership.quantile import QuantileModel, fit_quantiles
 from remanence.audit.membership.references import ReferencePool, train_references
 from remanence.audit.membership.roc import (
     MIN_SIDE,
     Decision,
-    Power,
     RateAt,
     Roc,
     decide,
     delong,
     evaluate,
     mann_whitney_log10_p,
-    power_statement,
     tpr_at,
 )
 from remanence.audit.membership.signals import Signals, model_signals, signals_from_logits
