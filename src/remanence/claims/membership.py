@@ -62,7 +62,8 @@ def membership_claim() -> Claim:
     measured = _measure(*_digits())
     gain = _average(measured.auc["mast"] - measured.auc["malt"])
     chance = _average(measured.unseen["mast"])
-    holds = gain.low >= 0.02 and chance.low <= 0.5 <= chance.high and measured.alarms <= 3
+    at_chance = chance.low <= 0.5 <= chance.high and measured.alarms <= 3
+    holds = gain.low >= 0.02 and at_chance
     seen, unseen = measured.accuracy
     return Claim(
         system="membership",
@@ -141,7 +142,7 @@ def _measure(x: torch.Tensor, y: torch.Tensor) -> _Measured:
         auc={name: np.array(v) for name, v in auc.items()},
         caught={name: np.array(v) for name, v in caught.items()},
         unseen={name: np.array(v) for name, v in unseen.items()},
-        alarms=alarms,
+        alarms=int(alarms),
         rates={name: np.mean(v, axis=0) for name, v in rates.items()},
         fprs=fprs,
         accuracy=(float(right[design].mean()), float(right[~design].mean())),
