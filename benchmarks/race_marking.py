@@ -1,8 +1,8 @@
 """Race of marking: remanence's `mark` and the loop of the authors' code, image by image.
 
 Both take as many steps on the same images with the same network and carriers; the marks are then
-measured in one and the same way. Then what detection costs: the memory of the alignment, which must
-not grow with the images, and the time of the test itself for 1,000 classes.
+measured in one and the same way. Before that, what detection costs: the memory of the alignment,
+which must not grow with the images, and the time of the test itself for 1,000 classes.
 """
 
 from __future__ import annotations
@@ -305,10 +305,11 @@ def median_time(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Race on both courses, then time detection."""
+    """Measure detection, then race on both courses."""
     options = _options()
     facts = harness.environment(["torch", "torchvision"], options.threads)
     torch.set_num_threads(options.threads)
+    detection_costs()  # first: the peak of memory is that of all that came before
     wanted = options.accelerator
     device = torch.device("cuda" if wanted == "cuda" else "cpu")
     if wanted == "auto" and torch.cuda.is_available():
@@ -334,7 +335,6 @@ def main() -> None:
         }
         title = f"{name}: {len(course.images)} images, {course.iterations} steps, {device.type}"
         races.append(harness.race(title, contestants, options, unit="images/s"))
-    detection_costs()
     harness.finish(races, facts, options)
 
 
