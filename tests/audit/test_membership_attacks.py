@@ -27,6 +27,7 @@ from remanence.audit.membership.attacks import (
     references_from_logits,
     rmia_score,
 )
+from remanence.audit.membership.bayes import free_energy
 from remanence.audit.membership.signals import Signals, signals_from_logits
 from remanence.audit.membership.task_signals import regression_signals
 from remanence.errors import InputError
@@ -381,6 +382,21 @@ def test_rmia_ratios_by_hand() -> None:
     want = p / (0.5 * (p_in + p_out))
     np.testing.assert_allclose(np.exp(RMIA(online=True).log_ratio(target, refs)), want)
     np.testing.assert_allclose(want, p / refs.conf.mean(axis=0)[:, 0])
+
+
+def test_rmia_takes_losses_beyond_the_range_of_their_exponentials() -> None:
+    rng = np.random.default_rng(0)
+    margin = rng.normal(-900, 300, (6, 40))  # losses to 1,800 nats: exp(-745) is already 0
+    member = np.arange(6)[:, None] % 2 == np.arange(40) % 2
+    refs = references(margin, member)
+    target = signals(rng.normal(-900, 300, 40))
+    ratio = RMIA(online=True).log_ratio(target, refs)
+    log_p = [
+        np.array([-free_energy(refs.loss[side[:, i], i, 0]) for i in range(40)])
+        for side in (member, ~member)
+    ]
+    want = -target.loss[:, 0] - (np.logaddexp(*log_p) - math.log(2))
+    np.testing.assert_allclose(ratio, want, rtol=1e-12)
 
 
 @pytest.mark.parametrize("online", [True, False])

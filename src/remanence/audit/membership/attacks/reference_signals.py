@@ -60,7 +60,7 @@ class References:
             if name in {"loss", "margin", "conf"} and not np.isfinite(array).all():
                 bad = np.flatnonzero(~np.isfinite(array).all(axis=(1, 2)))
                 raise InputError(f"{name} of references {_first(bad)} is not finite: check them")
-        member = np.asarray(self.member)
+        member = np.ascontiguousarray(self.member)
         if member.dtype != np.bool_ or member.shape != self.loss.shape[:2]:
             raise InputError(
                 f"membership masks are {member.dtype} of shape {member.shape}: "

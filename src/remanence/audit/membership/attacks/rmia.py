@@ -1,15 +1,19 @@
 """Relative membership inference: the sample against a population (arXiv 2312.03262)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from remanence.audit.membership.attacks.base import Attack, Need
-from remanence.audit.membership.attacks.reference_signals import References
+from remanence.audit.membership.attacks.reference_signals import BoolArray, References
 from remanence.audit.membership.bayes import free_energy
 from remanence.audit.membership.signals import FloatArray, Signals
 from remanence.errors import InputError
+
+CACHED = 1 << 17  # losses a pass; a core's cache holds them and their exponentials
+SMALLEST = 1e-280  # sums of exp(-loss) below lose digits, and are formed from the losses' excess
 
 
 def rmia_score(
@@ -83,10 +87,12 @@ class RMIA(Attack):
     def log_ratio(self, target: Signals, references: References) -> FloatArray:
         """Log of p(x | theta) / p(x), (N,)."""
         self._check(target, references)
-        log_p_out = -free_energy(references.loss, where=~references.member[..., None])  # (N, Q)
+        inside = references.member
+        log_p_out, *log_p_in = _log_mean_confidence(
+            references, (~inside, inside) if self.online else (~inside,)
+        )
         if self.online:
-            log_p_in = -free_energy(references.loss, where=references.member[..., None])
-            log_p = np.logaddexp(log_p_in, log_p_out) - math.log(2)
+            log_p = np.logaddexp(log_p_in[0], log_p_out) - math.log(2)
         elif self.a == 1:
             log_p = log_p_out
         else:
@@ -102,3 +108,22 @@ class RMIA(Attack):
         ratio = self.log_ratio(target, references)
         population = ratio if self.population is None else self.population
         return rmia_score(ratio, population, self.gamma)[:, None]
+
+
+def _log_mean_confidence(references: References, sides: Sequence[BoolArray]) -> list[FloatArray]:
+    """Log of the mean of exp(-loss) over the references (K, N) of each side, (N, Q) each."""
+    K, N, Q = references.loss.shape
+    log_p = [np.empty((N, Q)) for _ in sides]
+    step = max(1, CACHED // (K * Q))
+    for start in range(0, N, step):
+        part = slice(start, start + step)
+        loss = references.loss[:, part]
+        confidence = np.exp(-loss)
+        for out, use in zip(log_p, sides, strict=True):
+            weight = use[:, part].astype(np.float64)
+            sums = np.einsum("knq,kn->nq", confidence, weight)
+            if sums.min() > SMALLEST:
+                out[part] = np.log(sums / weight.sum(axis=0)[:, None])
+            else:
+                out[part] = -free_energy(loss, where=use[:, part, None])
+    return log_p
