@@ -127,6 +127,24 @@ def test_splits_without_class_folders_are_not_taken_for_classes(tmp_path):
         open_splits(str(tmp_path))
 
 
+def test_images_without_class_folders_open_where_labels_are_not_needed(tmp_path):
+    for number in range(20):
+        picture(number).save(tmp_path / f"{number}.png")
+    train, validation, test = open_splits(str(tmp_path), labels=False)
+    assert (len(train), len(validation), test) == (18, 2, None)
+    assert train.classes == sources.UNLABELLED
+    with pytest.raises(InputError, match="holds no class folders"):
+        open_images(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="class folder without images"):
+        open_images(str(tmp_path), labels=False)
+
+
+def test_a_folder_without_any_image_is_refused_also_without_labels(tmp_path):
+    with pytest.raises(InputError, match="holds no images"):
+        open_images(str(tmp_path), labels=False)
+
+
 def test_a_path_may_hold_an_at_sign_of_its_own(tmp_path):
     root = tmp_path / "me@host"
     class_folders(root / "set@v2" / "train", each=4)

@@ -139,6 +139,7 @@ def open_images(
     skip_broken: bool = False,
     cache_bytes: int = CACHE_BYTES,
     limit: int | None = None,
+    labels: bool = True,
     show: bool = True,
 ) -> Images:
     """Open an image source.
@@ -152,6 +153,8 @@ def open_images(
         skip_broken: Leave unreadable images out and count them, instead of failing.
         cache_bytes: Memory that decoded images may take.
         limit: Keep only the first so many images of a fixed shuffle (seed 0).
+        labels: Refuse a folder whose images lie in no class folders; else they are of one class,
+            `remanence.kit.sources.UNLABELLED`.
         show: Show progress.
 
     Returns:
@@ -163,7 +166,8 @@ def open_images(
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: must be at least 1")
     source, named = sources.parse(source)
-    images = _labelled(source, sources.find(source, split if named is None else named))
+    split = split if named is None else named
+    images = _labelled(source, sources.find(source, split, labels=labels))
     if limit is not None and limit < len(images):
         images = images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:limit]))
     return _decode(images, skip_broken=skip_broken, cache_bytes=cache_bytes, show=show)

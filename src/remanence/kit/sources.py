@@ -36,6 +36,7 @@ SPLITS = {
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
+UNLABELLED = ("unlabelled",)
 WORDS = tuple(word for words in SPLITS.values() for word in words)
 
 
@@ -72,12 +73,14 @@ def splits(source: str) -> list[str]:
     return [split for split, synonyms in SPLITS.items() if words.intersection(synonyms)]
 
 
-def find(source: str, split: str | None) -> archives.Listing:
+def find(source: str, split: str | None, *, labels: bool = True) -> archives.Listing:
     """List the images of a source.
 
     Args:
         source: The source, without its split.
         split: The split, if one is meant.
+        labels: Refuse a folder of images that are in no class folders; else they get the one class
+            `UNLABELLED`.
 
     Returns:
         The listing.
@@ -98,7 +101,7 @@ def find(source: str, split: str | None) -> archives.Listing:
     if path.is_dir():
         files = _archive_files(path)
         if not files:
-            return _class_folders(_pick_folder(path, split))
+            return _class_folders(_pick_folder(path, split), labels=labels)
         files = _pick_files(files, path, split)
     elif split is not None:
         raise InputError(
@@ -164,12 +167,16 @@ class _Files:
         return self.paths[index].read_bytes()
 
 
-def _class_folders(root: Path) -> archives.Listing:
+def _class_folders(root: Path, *, labels: bool) -> archives.Listing:
     folders = sorted(_folders(root), key=lambda folder: archives.natural(folder.name))
+    if not folders and not labels:
+        found = sorted(path for path in root.iterdir() if _is_image(path.name))
+        ids = [path.name for path in found]
+        return archives.Listing(_Files(tuple(found)), ids, [0] * len(ids), UNLABELLED)
     if not folders:
         raise InputError(f"{root}: holds no class folders; put each class's images in its folder")
     paths: list[Path] = []
-    labels: list[int] = []
+    numbers: list[int] = []
     for label, folder in enumerate(folders):
         inside: list[Path] = []
         for place, nested, names in os.walk(folder):
@@ -178,10 +185,10 @@ def _class_folders(root: Path) -> archives.Listing:
         if not inside:
             raise InputError(f"{folder}: class folder without images; add images or remove it")
         paths += sorted(inside)
-        labels += [label] * len(inside)
+        numbers += [label] * len(inside)
     ids = [str(path.relative_to(root)) for path in paths]
     return archives.Listing(
-        _Files(tuple(paths)), ids, labels, tuple(folder.name for folder in folders)
+        _Files(tuple(paths)), ids, numbers, tuple(folder.name for folder in folders)
     )
 
 
