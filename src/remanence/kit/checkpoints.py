@@ -55,21 +55,38 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: holds no readable {CONFIG}; is it a model folder?") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({one_line(error)})") from error
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise InputError(f"{path}: has no 'architecture'; write the folder in timm's hub layout")
+    return check_config(config, str(path))
+
+
+def check_config(given: object, where: str) -> dict[str, Any]:
+    """Check a configuration and fill in what it leaves out.
+
+    Args:
+        given: What JSON held.
+        where: Where it stands, for messages.
+
+    Returns:
+        The configuration, as `read_config`.
+
+    Raises:
+        InputError: It is broken.
+    """
+    if not isinstance(given, dict) or not isinstance(given.get("architecture"), str):
+        raise InputError(f"{where}: has no 'architecture'; write the folder in timm's hub layout")
+    config = dict(given)
     # timm's first layout had all entries on one level.
     for key, default in (("pretrained_cfg", dict(config)), ("model_args", {})):
         config[key] = config.get(key) or default
         if not isinstance(config[key], dict):
-            raise InputError(f"{path}: {key!r} must be an object, not {config[key]!r:.40}")
+            raise InputError(f"{where}: {key!r} must be an object, not {config[key]!r:.40}")
     arguments = config["model_args"]
     for key in RESERVED:
         if key in arguments:
-            raise InputError(f"{path}: model_args must not hold {key!r}; remove it")
+            raise InputError(f"{where}: model_args must not hold {key!r}; remove it")
     inside = (config, config["pretrained_cfg"], arguments)
     count = next((c["num_classes"] for c in inside if c.get("num_classes") is not None), None)
     if not isinstance(count, int) or count < 1:
-        raise InputError(f"{path}: num_classes is {count!r}; give the number of classes")
+        raise InputError(f"{where}: num_classes is {count!r}; give the number of classes")
     arguments.pop("num_classes", None)
     config["num_classes"] = count
     return config

@@ -134,11 +134,27 @@ def open_network(source: str | nn.Module, *, size: int | None = None) -> Network
             f"{source}: no such model folder; give a folder that holds {CONFIG} and {WEIGHTS}, "
             "or hf-hub:OWNER/NAME. `remanence learn classifier` trains one"
         )
-    config = read_config(folder)
+    network = build_network(read_config(folder), str(folder / CONFIG))
+    load_weights(network.model, read_weights(folder), str(folder))
+    return network
+
+
+def build_network(config: Mapping[str, Any], where: str) -> Network:
+    """Build a classifier from its configuration, with fresh weights, in eval mode.
+
+    Args:
+        config: What `check_config` or `network_config` returned.
+        where: Where it stands, for messages.
+
+    Returns:
+        The network.
+
+    Raises:
+        InputError: The architecture is not known or does not take its arguments, or the
+            preprocessing is broken or contradicts the checkpoint that it names.
+    """
     name, pretrained = config["architecture"], config["pretrained_cfg"]
     model = _build(name, config["num_classes"], config["model_args"], None)
-    load_weights(model, read_weights(folder), str(folder))
-    where = str(folder / CONFIG)
     train = resolve(pretrained, model, where, test=False)
     test = resolve(pretrained, model, where, test=True)
     check_normalisation(train, name, str(pretrained.get("tag") or ""), where)
@@ -167,6 +183,11 @@ def save_network(network: Network, folder: Path) -> None:
         InputError: The network was built with arguments that JSON cannot hold.
         OSError: The folder cannot be written.
     """
+    write_folder(folder, network_config(network), network.model.state_dict())
+
+
+def network_config(network: Network) -> dict[str, Any]:
+    """Return what `config.json` says of a network: how to build it and how it sees images."""
     model, train, test = network.model, network.train, network.test
     old = dict(getattr(model, "pretrained_cfg", {}) or {})
     kept = ("first_conv", "classifier", "fixed_input_size")
@@ -194,7 +215,7 @@ def save_network(network: Network, folder: Path) -> None:
     if network.classes:
         config["label_names"] = list(network.classes)
     config["pretrained_cfg"] = pretrained
-    write_folder(folder, config, model.state_dict())
+    return config
 
 
 def describe(preprocessing: Preprocessing) -> dict[str, Any]:
