@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ROOMS = {
     "learn": "Train and sharpen networks.",
+    "compress": "Shrink a network that is too big.",
     "audit": "Ask whether a model saw data.",
 }
 
@@ -33,6 +34,18 @@ COMMANDS = {
     ("learn", "fixres"): (
         "remanence.jobs.learn.fixres:fixres",
         "Fix the train-test resolution discrepancy of a trained classifier.",
+    ),
+    ("compress", "quantize"): (
+        "remanence.jobs.compress.quantize:quantize",
+        "Write a network in a twentieth of its bytes, by quantising what it outputs.",
+    ),
+    ("compress", "inspect"): (
+        "remanence.jobs.compress.inspect:inspect",
+        "What a compressed file holds, to the byte, and how well its network still does.",
+    ),
+    ("compress", "expand"): (
+        "remanence.jobs.compress.expand:expand",
+        "Make a plain timm or torch checkpoint of a compressed file, or ONNX.",
     ),
     ("audit", "membership"): (
         "remanence.jobs.audit.membership:membership",

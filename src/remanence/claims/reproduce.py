@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 CLAIMS = {
     "fixres": "remanence.claims.fixres:fixres_claim",
     "fixefficientnet": "remanence.claims.fixres:fixefficientnet_claim",
+    "compress": "remanence.claims.compress:compress_claim",
     "membership": "remanence.claims.membership:membership_claim",
     "dejavu": "remanence.claims.dejavu:dejavu_claim",
     "radioactive": "remanence.claims.radioactive:radioactive_claim",

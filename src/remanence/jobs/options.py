@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm.optim import list_optimizers
@@ -18,6 +19,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "budget_gmacs": (0, ANY),
     "budget_ms": (0, ANY),
     "calibrate": (20, ANY),
+    "calibration": (8, ANY),
     "checkpoint_steps": (1, ANY),
     "clip": (1e-12, ANY),
     "cutmix": (0, ANY),
@@ -27,15 +29,19 @@ RANGES: dict[str, tuple[float, float]] = {
     "epochs": (1, ANY),
     "equivalence": (1e-6, 1 - 1e-6),
     "erase": (0, 1),
+    "finetune_lr": (1e-12, 1e6),
+    "finetune_steps": (0, ANY),
     "flip": (0, 1),
     "iterations": (1, ANY),
     "jitter": (0, 1),
+    "layer_steps": (0, ANY),
     "level": (1e-9, 0.49),
     "limit": (1, ANY),
     "lr": (1e-12, 1e6),
     "mixup": (0, ANY),
     "null_check": (1, ANY),
     "permutations": (99, ANY),
+    "positions": (1024, ANY),
     "prior": (1e-9, 1 - 1e-9),
     "psnr": (1, 100),
     "radius": (1, 255),
@@ -85,6 +91,24 @@ def check_options(options: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(str(optimizer), list_optimizers(), cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "for example sgd or adamw"
         raise InputError(f"--optimizer {optimizer}: unknown to timm; {hint}")
+
+
+def model_arguments(given: Sequence[str]) -> dict[str, Any]:
+    """Read an architecture's arguments, NAME=VALUE, values in JSON or plain words.
+
+    Raises:
+        InputError: A word is no NAME=VALUE.
+    """
+    arguments: dict[str, Any] = {}
+    for word in given:
+        name, equals, value = word.partition("=")
+        if not (name.isidentifier() and equals):
+            raise InputError(f"--model-arg {word}: give NAME=VALUE, for example output_stride=16")
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    return arguments
 
 
 def _flag(name: str) -> str:

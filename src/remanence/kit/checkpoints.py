@@ -107,18 +107,35 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     safe, pickled = folder / WEIGHTS, folder / "pytorch_model.bin"
     if not safe.exists() and not pickled.exists():
         raise InputError(f"{folder}: holds no {WEIGHTS}")
+    return read_tensors(safe if safe.exists() else pickled)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a file of tensors: safetensors, or a pickle of nothing but tensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        InputError: It is missing or damaged, or the pickle holds more than tensors.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a .safetensors or .pth file of weights")
     try:
-        if safe.exists():
-            state: dict[str, Any] = load_file(safe)
+        if path.suffix == ".safetensors":
+            state: dict[str, Any] = load_file(path)
         else:
-            state = dict(torch.load(pickled, map_location="cpu", weights_only=True))
+            state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises whatever the broken bytes lead to
         raise InputError(
-            f"{folder}: damaged or unsafe weights ({one_line(error)}); fetch {WEIGHTS} again"
+            f"{path}: damaged or unsafe weights ({one_line(error)}); fetch the file again"
         ) from error
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
-            raise InputError(f"{folder}: {name} is not a tensor; save the plain state_dict")
+            raise InputError(f"{path}: {name} is not a tensor; save the plain state_dict")
     return state
 
 
@@ -184,14 +201,27 @@ def write_folder(
             f"{config['architecture']}: {CONFIG} cannot hold its arguments ({error})"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, state)
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors, those that share memory one by one.
+
+    Args:
+        path: File to write.
+        state: Tensors by name.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     try:
-        save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(plain, path, metadata={"format": "pt"})
     except SafetensorError as error:
         known = re.search(r"os error (\d+)", str(error))
         code = int(known[1]) if known else errno.EIO
-        raise OSError(code, os.strerror(code), str(folder / WEIGHTS)) from error
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def one_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from remanence.errors import InputError
-from remanence.jobs.options import check_options
+from remanence.jobs.options import check_options, model_arguments
 from remanence.kit.batches import AugmentedImages, Batches
 from remanence.kit.devices import Precision, launch
 from remanence.kit.evaluate import Normalise, evaluate
@@ -132,12 +131,12 @@ def classifier(
     ) as run:
         show = fabric.is_global_zero
         train, validation, test = open_splits(data, skip_broken=skip_broken, limit=limit, show=show)
-        arguments = _arguments(model_arg or [])
+        arguments = model_arguments(model_arg or [])
         network = create_network(model, train.classes, size=size, arguments=arguments, seed=seed)
         pre = network.train
-        augmentation = _augmentation(network, scale, flip, jitter, augment)
+        transform = augmentation(network, scale, flip, jitter, augment)
         batches = Batches(
-            AugmentedImages(train, augmentation, seed),
+            AugmentedImages(train, transform, seed),
             batch_size,
             seed=seed,
             rank=fabric.global_rank,
@@ -205,26 +204,18 @@ def predict(
     return Predictions.from_logits(list(images.ids), torch.from_numpy(images.labels), logits)
 
 
-def _arguments(given: list[str]) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    for word in given:
-        name, equals, value = word.partition("=")
-        if not (name.isidentifier() and equals):
-            raise InputError(f"--model-arg {word}: give NAME=VALUE, for example output_stride=16")
-        try:
-            arguments[name] = json.loads(value)
-        except ValueError:
-            arguments[name] = value
-    return arguments
-
-
-def _augmentation(
+def augmentation(
     network: Network,
     scale: tuple[float, float],
     flip: float,
     jitter: float,
     augment: str | None,
 ) -> Any:
+    """Return a network's training transform: PIL image to uint8 (3, K, K), at random.
+
+    Raises:
+        InputError: timm does not know the auto-augmentation.
+    """
     pre = network.train
     try:
         return create_transform(
