@@ -39,13 +39,22 @@ REGIMES = {
 NETWORKS = (FLOAT, f"{PLAIN}{NOT_TUNED}", f"{PAPER}{NOT_TUNED}", UNTUNED, PLAIN, PAPER, OURS)
 
 
-def measure(data: str, model: Path, regime: str, seed: int, out: Path) -> dict[str, Any]:
+def measure(
+    data: str, model: Path, regime: str, seed: int, steps: int, out: Path
+) -> dict[str, Any]:
     """Compress one network in one regime, unless that is done, and return the run's results."""
     run = out / f"{model.name}-{'-'.join(regime.replace(',', '').replace(' =', '').split())}"
     if not run.exists():
         recipe = out / f"{run.name}.json"
         recipe.write_text(json.dumps({"base": "small", "spatial": REGIMES[regime]}))
-        quantize(str(model / "model"), data, out=run, recipe=str(recipe), seed=seed)
+        quantize(
+            str(model / "model"),
+            data,
+            out=run,
+            recipe=str(recipe),
+            finetune_steps=steps,
+            seed=seed,
+        )
     results: dict[str, Any] = json.loads((run / "results.json").read_text())
     return results
 
@@ -64,13 +73,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", help="the images that the networks were trained on")
     parser.add_argument("--models", type=Path, nargs="+", required=True)
+    parser.add_argument("--steps", type=int, default=100, help="of tuning")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     for regime in REGIMES:
         found = [
-            measure(options.data, model, regime, seed, options.out)
+            measure(options.data, model, regime, seed, options.steps, options.out)
             for seed, model in enumerate(options.models)
         ]
         table = Table("network", "right, %", "gain over plain k-means", "KL, nats", title=regime)

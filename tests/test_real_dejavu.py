@@ -142,7 +142,10 @@ def trained(photographs):
 
 @pytest.fixture(scope="module")
 def powers(trained):
-    return np.array([[net.power(*leak, audits=200) for leak in LEAKS] for net in trained])
+    found = np.array([[net.power(*leak, audits=200) for leak in LEAKS] for net in trained])
+    for (m, leak), row in zip(LEAKS, found.mean(0).round(2), strict=True):
+        print(f"power, {m} candidates, leak {leak}: {dict(zip(TESTS, row.tolist(), strict=True))}")
+    return found
 
 
 def test_networks_overfit_as_the_experiment_wants(trained):
@@ -220,13 +223,17 @@ def memorised(photographs):
     x = x[distinct(x)][:20_000]
     draws = itertools.product((0, 1), SIZES)
     tasks = [(seed, n, MembershipTask.draw(x, n, 5000, seed=seed)) for seed, n in draws]
-    return {
+    found = {
         (kind, n, seed): fit_memorizer(
             perceptron, x, task, transform=TRAINING.get(kind), seed=seed
         ).report
         for kind in KINDS
         for seed, n, task in tasks
     }
+    for key, report in found.items():
+        figures = (report.clean.tpr, report.clean.balanced_accuracy)
+        print("memorised", *key, *(round(figure.value, 3) for figure in figures))
+    return found
 
 
 def of_flipped(report):
@@ -278,6 +285,8 @@ def depths(photographs):
         members, nonmembers, public = parts
         net = fit(deep_perceptron, *members, seed, epochs=60)
         profiles.append(LayerProbe(net, ["2", "4", "6"]).run(public, members, nonmembers))
+    for profile in profiles:
+        print("AUC by depth", [round(layer.auc.value, 3) for layer in profile.layers])
     return profiles
 
 

@@ -157,6 +157,29 @@ def test_a_long_row_keeps_aligned_pieces(monkeypatch):
         moments.blocks(5)
 
 
+def test_centred_moments_are_those_of_rows_less_their_means(monkeypatch):
+    monkeypatch.setattr(module, "LONGEST", 6)
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 50, 2, 8, dtype=torch.float64) + 3
+    layout = Layout("conv", (4, 8, 1, 1), 2)
+    moments, wanted = Moments(layout, 2), Moments(layout, 2)
+    moments.add(student, teacher)
+    wanted.add(student - student.mean(0), teacher - teacher.mean(0))
+    found = moments.centred()
+    assert found.count == 50
+    for mine, theirs in (
+        (found.seconds, wanted.seconds),
+        (found.crosses, wanted.crosses),
+        (
+            (found.blocks(2), found.mean, found.teacher_mean),
+            (wanted.blocks(2), *[torch.zeros(2, 8)] * 2),
+        ),
+    ):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b.double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(moments.mean, student.mean(0))
+
+
 def test_identity_is_white():
     moments = Moments.identity(Layout("embedding", (50, 8)))
     assert torch.equal(moments.second, torch.eye(8, dtype=torch.float64)[None])

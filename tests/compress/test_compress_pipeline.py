@@ -14,6 +14,7 @@ from remanence.compress.finetune import finetune
 from remanence.compress.gather import Calibration, gather_moments
 from remanence.compress.layers import find_layers
 from remanence.compress.modules import float_copy, quantised_layers
+from remanence.compress.moments import Moments
 from remanence.compress.pipeline import compress
 from remanence.compress.plan import LayerPlan, Plan, plan
 from remanence.compress.trace import trace
@@ -350,3 +351,32 @@ def test_bad_input_is_refused_in_one_line():
     infinite = copy.deepcopy(model)
     infinite[3].bias.data[0] = torch.inf
     refused("6: .*NaN or infinity", net=infinite)
+
+
+def test_the_search_leaves_the_mean_to_the_bias(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64))
+    mixing = torch.randn(32, 32) / 6
+    batches = [torch.randn(64, 32) @ mixing + 4 for _ in range(8)]
+    unseen = torch.randn(512, 32) @ mixing + 4
+    planned = plan(model, {"head": {"channels": 4, "codewords": 16}})
+
+    def error():
+        made = compress(model, planned, batches)
+        assert made.report[0].bias == "bias"
+        with torch.no_grad():
+            return (made.model(unseen) - model(unseen)).square().mean().item()
+
+    ours = error()
+    monkeypatch.setattr(Moments, "centred", lambda moments: moments)
+    assert ours < 0.8 * error()
+
+
+def test_a_constant_input_is_no_lack_of_signal():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64))
+    planned = plan(model, {"head": {"channels": 4, "codewords": 16}})
+    batches = [torch.full((8, 32), 2.0)] * 4
+    made = compress(model, planned, batches)
+    assert not made.report[0].no_signal
+    torch.testing.assert_close(made.model(batches[0]), model(batches[0]), rtol=0, atol=1e-4)

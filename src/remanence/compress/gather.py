@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -79,7 +80,7 @@ def gather_moments(
         calibration: The batches. Rank r of n has the batches r, r + n, ... of all.
 
     Returns:
-        Moments of each layer over all ranks; one object where layers see equal rows. Layers that
+        Moments of each layer over all ranks; the same sums where layers see equal rows. Layers that
         multiply nothing (embeddings) get those of white rows.
 
     Raises:
@@ -93,23 +94,29 @@ def gather_moments(
             _add_batch(
                 student,
                 teacher,
-                {name: layers[name] for name in leaders},
+                {name: layers[name] for name in dict.fromkeys(leaders.values())},
                 moments,
                 trace,
                 calibration,
                 batch,
                 index * ranks + rank,
             )
-    for name in leaders:
+    for name in dict.fromkeys(leaders.values()):
         moments[name].all_reduce()
+    for name, leader in leaders.items():
+        if leader != name:
+            moments[name] = copy.copy(moments[leader])
+            moments[name].layout = layers[name][0].layout  # as many rows as it has itself
     return moments
 
 
 def _start(
     layers: Mapping[str, tuple[Layer, Layer]], blocks: Mapping[str, int], trace: Trace
-) -> tuple[dict[str, Moments], list[str]]:
+) -> tuple[dict[str, Moments], dict[str, str]]:
+    """Return empty moments, and the layer in whose place each layer's inputs are taken."""
     moments: dict[str, Moments] = {}
     leader_of: dict[object, str] = {}
+    leaders: dict[str, str] = {}
     for name, (layer, _) in layers.items():
         geometries = trace.geometries[name]
         if not any(geometries):
@@ -120,9 +127,10 @@ def _start(
             g and (g.layout.kind, g.layout.shape[2:], g.stride, g.padding, g.dilation)
             for g in geometries
         )
-        leader = leader_of.setdefault((size, rows_alike), name)
-        moments[name] = Moments(layer.layout, blocks[name]) if leader == name else moments[leader]
-    return moments, list(leader_of.values())
+        leaders[name] = leader_of.setdefault((size, rows_alike), name)
+        if leaders[name] == name:
+            moments[name] = Moments(layer.layout, blocks[name])
+    return moments, leaders
 
 
 def _add_batch(

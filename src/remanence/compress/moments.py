@@ -177,6 +177,25 @@ class Moments:
         """
         return self.blocks(block).sum(1).mean(0)
 
+    def centred(self) -> Moments:
+        """Return the moments of the rows less their mean, the student's and the teacher's each.
+
+        By them is measured what is left of a layer's error once the bias has taken its mean.
+        """
+        total = self._seen(self._sum)
+        moments = Moments(self.layout)
+        moments.pieces, moments.count = self.pieces, self.count
+        moments._sum = torch.zeros_like(total)
+        for piece, products in zip(self.pieces, self._products, strict=True):
+            outer = total[:, piece, None] * total[:, None, piece]
+            moments._products.append(products - outer / self.count)
+        if self._teacher_sum is not None:
+            moments._teacher_sum = torch.zeros_like(total)
+            for piece, products in zip(self.pieces, self._cross_products, strict=True):
+                outer = self._teacher_sum[:, piece, None] * total[:, None, piece]
+                moments._cross_products.append(products - outer / self.count)
+        return moments
+
     def check_pieces(self, block: int) -> None:
         """Refuse a block size that a boundary between pieces would cut.
 

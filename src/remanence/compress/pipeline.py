@@ -29,7 +29,7 @@ from remanence.compress.layers import Layer, find_layers
 from remanence.compress.modules import quantised_layers, replace_layers
 from remanence.compress.norms import improve_norms
 from remanence.compress.quantizer import Metric, output_error, quantize_rows
-from remanence.compress.target import bias_correction, teacher_target
+from remanence.compress.target import bias_correction, mean_diagonal, teacher_target
 from remanence.compress.trace import Trace, trace
 from remanence.errors import InputError
 
@@ -53,8 +53,8 @@ class LayerReport:
         block: Weights in a block.
         codewords: Codewords.
         output_error: Squared error of the layer's output on the student's inputs, relative to the
-            output that was aimed at.
-        centred_error: The same for inputs less their mean: what is left once the bias is corrected.
+            output that was aimed at; both about their means where the bias takes the mean error.
+        raw_error: The same before the bias is corrected, means included.
         weight_error: Squared error of the weights, relative to the float network's.
         positions: Rows that entered the moments; 0 for a layer that multiplies nothing.
         pieces: Pieces of its input's second moment; more than 1 only for very long rows.
@@ -67,7 +67,7 @@ class LayerReport:
     block: int
     codewords: int
     output_error: float
-    centred_error: float
+    raw_error: float
     weight_error: float
     positions: int
     pieces: int
@@ -145,7 +145,8 @@ def compress(
         target: `teacher` aims at the float network's outputs from the damaged inputs; `weights` at
             the float weights, as the paper does. In a detector, whose later inputs depend on its
             own proposals, use `weights`.
-        bias: Correct each layer's mean output, at no cost in bytes.
+        bias: Correct each layer's mean output, at no cost in bytes, and let the search mind only
+            what that leaves.
         norms: `auto` re-estimates BatchNorm statistics on four fifths of the batches and keeps
             them where the KL to the float network falls on the rest; `keep` leaves them.
         forward: Runs a network on a batch; `model(batch)`, `model(*batch)` or `model(**batch)`
@@ -242,25 +243,26 @@ def _quantise(
     rows = layer.layout.to_rows(layer.weight.detach()).float()
     multiplies = any(traced.geometries[layer.name])
     whole = layer.name not in traced.partial
-    aim = teacher_target(rows, moments) if moments.teacher_mean is not None and whole else rows
+    taker = _bias_taker(layer, traced) if bias and multiplies and whole else "none"
+    seen = moments if taker == "none" else _about_mean(moments)
+    aim = teacher_target(rows, seen) if moments.teacher_mean is not None and whole else rows
     found = quantize_rows(
         aim,
         plan.block,
         plan.codewords,
-        moments=moments,
+        moments=seen,
         metric=metric if multiplies else "plain",
         layout=layer.layout,
         seed=seed,
     )
     decoded = found.quantised.rows()
-    taker = _bias_taker(layer, traced) if bias and multiplies and whole else "none"
     off = (rows - decoded).square().sum() / rows.square().sum().clamp_min(1e-30)
     report = LayerReport(
         name=layer.name,
         block=plan.block,
         codewords=plan.codewords,
         output_error=found.output_error,
-        centred_error=output_error(aim, decoded, moments, centred=True),
+        raw_error=output_error(aim, decoded, moments),
         weight_error=off.item(),
         positions=moments.count if multiplies else 0,
         pieces=len(moments.pieces),
@@ -272,6 +274,14 @@ def _quantise(
     if taker != "none":
         shift = _by_channel(layer, bias_correction(rows, decoded, moments))
     return FinishedLayer(found.quantised, shift, report)
+
+
+def _about_mean(moments: Moments) -> Moments:
+    """An error of the mean output costs nothing where the bias will take it."""
+    centred = moments.centred()
+    # Below, what is left is the rounding of products in single precision.
+    varies = mean_diagonal(list(centred.seconds)) > 1e-5 * mean_diagonal(list(moments.seconds))
+    return centred if varies else moments
 
 
 def _bias_taker(layer: Layer, traced: Trace) -> Literal["bias", "norm", "none"]:

@@ -65,13 +65,13 @@ class Trace:
         if hidden:
             raise InputError(
                 f"no product with the weight of {', '.join(hidden)} can be followed; "
-                "keep it in float"
+                "keep it in float (`keep`)"
             )
         missing = [name for name in names if name not in self.calls]
         if missing:
             raise InputError(
                 f"the calibration batch never runs {', '.join(missing)}; keep what is not used in "
-                "float, or give a `forward` that uses it"
+                "float (`keep`), or give a `forward` that uses it"
             )
 
     @property

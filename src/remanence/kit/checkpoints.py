@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             state: dict[str, Any] = load_file(path)
         else:
             state = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path}: damaged or unsafe weights (more than tensors); save the plain state_dict"
+        ) from error
     except Exception as error:  # torch.load raises whatever the broken bytes lead to
         raise InputError(
             f"{path}: damaged or unsafe weights ({one_line(error)}); fetch the file again"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torchvision
@@ -39,9 +41,10 @@ def build_detector(name: str, count: int, arguments: Mapping[str, Any]) -> nn.Mo
     Raises:
         InputError: The network does not take its arguments.
     """
+    short = name.removeprefix(PREFIX)
     try:
         model: nn.Module = torchvision.models.get_model(
-            name.removeprefix(PREFIX),
+            short,
             weights=None,
             weights_backbone=None,
             num_classes=count,
@@ -51,4 +54,11 @@ def build_detector(name: str, count: int, arguments: Mapping[str, Any]) -> nn.Mo
         raise InputError(
             f"{name}: cannot be built with {dict(arguments)} ({one_line(error)})"
         ) from error
+    # torchvision drops what it does not know, a misspelt size too.
+    makers = [torchvision.models.get_model_builder(short), *type(model).__mro__[:-1]]
+    known = {word for maker in makers for word in inspect.signature(maker).parameters}
+    for word in arguments.keys() - known:
+        near = difflib.get_close_matches(word, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"{name}: takes no argument {word}{hint}")
     return model.eval()

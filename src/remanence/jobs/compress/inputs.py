@@ -18,12 +18,13 @@ from remanence.jobs.compress.subject import Subject
 from remanence.jobs.learn.classifier import augmentation
 from remanence.kit.batches import AugmentedImages, Batches
 from remanence.kit.evaluate import Normalise
-from remanence.kit.images import Images, open_splits
+from remanence.kit.images import Images, open_images
 from remanence.kit.models import Network
-from remanence.kit.sources import UNLABELLED
+from remanence.kit.sources import UNLABELLED, splits
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from numpy.typing import NDArray
 
 FEWEST = 8  # samples to calibrate on, and to hold out
 MOST_HELD_OUT = 512
@@ -38,7 +39,7 @@ class Inputs:
         tuning: Makes the batches to tune on, the same ones each time.
         holdout: Batches that choose among states by their KL to the float network.
         test: What the network is measured on, and nothing else.
-        classes: Whether the test images have labels that are the network's classes.
+        classes: Whether the test images have labels that can be the network's classes.
         counts: Samples of each of these sets, for the report.
     """
 
@@ -89,14 +90,11 @@ def open_inputs(
     """
     rng = np.random.default_rng(seed)
     if data.endswith(".npy"):
-        return _arrays(Path(data).expanduser(), fabric, calibration, batch_size, rng)
-    train, validation, test = open_splits(
-        data, labels=False, skip_broken=skip_broken, limit=limit, show=fabric.is_global_zero
+        return _arrays(Path(data).expanduser(), fabric, calibration, batch_size, limit, rng)
+    train, validation, test = _splits(
+        data, rng, skip_broken=skip_broken, limit=limit, show=fabric.is_global_zero
     )
-    if test is None:
-        validation, test = validation.halves(seed)
-    for images in (train, validation, test):
-        _enough(len(images), data)
+    _enough(min(map(len, (train, validation, test))), data)
     chosen = train.subset(rng.permutation(len(train))[:calibration])
     held = validation.subset(rng.permutation(len(validation))[:MOST_HELD_OUT])
     counts = {
@@ -125,6 +123,30 @@ def open_inputs(
         _labelled(test, network),
         counts,
     )
+
+
+def _splits(data: str, rng: np.random.Generator, **options: Any) -> tuple[Images, Images, Images]:
+    """Open images to train on, to hold out and to test; what is missing is drawn, blind to labels.
+
+    `open_splits` draws from each class evenly, and so the labels would have a say in the file.
+    """
+    names = splits(data)
+    if "train" not in names:
+        names = []
+    opened = {name: open_images(data, split=name, labels=False, **options) for name in names}
+    train = opened["train"] if names else open_images(data, labels=False, **options)
+    missing = [name for name in ("validation", "test") if name not in opened]
+    rest, *parts = _draw(len(train), len(missing), rng)
+    opened |= {name: train.subset(part) for name, part in zip(missing, parts, strict=True)}
+    return train.subset(rest), opened["validation"], opened["test"]
+
+
+def _draw(count: int, parts: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+    """Draw parts of a tenth each, or a little more of few samples; what is left stands first."""
+    each = max(count // 10, min(FEWEST, count // (parts + 2)))
+    order = rng.permutation(count)
+    drawn = [order[i * each : (i + 1) * each] for i in range(parts)]
+    return [np.sort(part) for part in (order[parts * each :], *drawn)]
 
 
 @dataclass(frozen=True)
@@ -177,8 +199,11 @@ class Rows(_InOrder):
     array: Any
 
     def batch(self, part: slice) -> Tensor:
-        """Return the rows, read from the disk."""
-        return torch.from_numpy(np.array(self.array[np.sort(self.samples[part])]))
+        """Return the rows, read from the disk, as float32, int64 or uint8."""
+        rows = np.array(self.array[np.sort(self.samples[part])])
+        if rows.dtype == np.uint8:
+            return torch.from_numpy(rows)
+        return torch.from_numpy(rows.astype(np.float32 if rows.dtype.kind == "f" else np.int64))
 
 
 class Crops:
@@ -215,30 +240,45 @@ class Crops:
 
 
 def _arrays(
-    path: Path, fabric: Fabric, calibration: int, batch_size: int, rng: np.random.Generator
+    path: Path,
+    fabric: Fabric,
+    calibration: int,
+    batch_size: int,
+    limit: int | None,
+    rng: np.random.Generator,
 ) -> Inputs:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable .npy file of inputs ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # its own words advise to unpickle what may come from anyone
+        raise InputError(
+            f"{path}: damaged, or no array of numbers; write it with numpy.save"
+        ) from error
     if array.ndim < 1 or array.dtype.kind not in "fiu":
-        raise InputError(f"{path}: holds {array.dtype}; give numbers (N, ...)")
-    held = max(len(array) // 10, min(FEWEST, len(array) // 4))
-    _enough(held, str(path))
-    order = rng.permutation(len(array))
-    test, holdout, rest = order[:held], order[held : 2 * held][:MOST_HELD_OUT], order[2 * held :]
-    chosen = rest[:calibration]
+        raise InputError(f"{path}: holds {array.shape} of {array.dtype}; give numbers (N, ...)")
+    rows = rng.permutation(len(array))[:limit]
+    rest, holdout, test = (rows[part] for part in _draw(len(rows), 2, rng))
+    _enough(min(map(len, (rest, holdout, test))), str(path))
+    for start in range(0, len(array), 1024):
+        bad = ~np.isfinite(array[start : start + 1024]).reshape(-1, array[0].size).all(1)
+        if bad.any():
+            raise InputError(
+                f"{path}: row {start + int(bad.argmax())} holds NaN or infinity; remove such rows"
+            )
+    chosen, holdout = rng.permutation(rest)[:calibration], holdout[:MOST_HELD_OUT]
     counts = {
         "calibration": len(chosen),
         "tuning": len(rest),
         "held out": len(holdout),
         "test": len(test),
     }
+    order = rng.permutation(rest)[fabric.global_rank :: fabric.world_size]
     return Inputs(
         _share(Rows(chosen, batch_size, array), fabric),
-        lambda: Rows(rest[fabric.global_rank :: fabric.world_size], batch_size, array),
+        lambda: Rows(order, batch_size, array),
         Rows(holdout, batch_size, array),
-        torch.from_numpy(np.array(array[np.sort(test)])),
+        Rows(test, len(test), array)[0],
         False,
         counts,
     )
@@ -247,20 +287,23 @@ def _arrays(
 def _share(batches: Sequence[Any], fabric: Fabric) -> Sequence[Any]:
     if fabric.world_size == 1:
         return batches
+    if len(batches) < fabric.world_size:
+        raise InputError(
+            f"{len(batches)} calibration batches are too few for {fabric.world_size} processes; "
+            "give a smaller --batch-size"
+        )
     return [batches[i] for i in range(fabric.global_rank, len(batches), fabric.world_size)]
 
 
 def _enough(count: int, source: str) -> None:
     if count < FEWEST:
         raise InputError(
-            f"{source}: too few: {FEWEST} samples are needed to calibrate on and as many in each "
-            f"held-out part; one has {count}"
+            f"{source}: too few: {FEWEST} samples are needed to calibrate on, as many to hold out "
+            f"and as many to test; one of these parts has {count}"
         )
 
 
 def _labelled(images: Images, network: Network) -> bool:
     if images.classes == UNLABELLED:
         return False
-    if network.classes:
-        return images.classes == network.classes
-    return len(images.classes) == getattr(network.model, "num_classes", None)
+    return images.classes == network.classes or not network.classes

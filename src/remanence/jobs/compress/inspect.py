@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 
-from rich.table import Table
+from rich.console import Console
+from rich.table import Column, Table
 
-from remanence.compress.execution import choose_modes
+from remanence.compress.calibration import move
+from remanence.compress.execution import Choice, choose_modes
 from remanence.compress.explain import explain
 from remanence.compress.file import inspect_file
+from remanence.compress.quantised_layer import Mode
 from remanence.compress.reader import FileInfo
 from remanence.errors import InputError
 from remanence.jobs.compress.inputs import open_inputs
 from remanence.jobs.compress.measured import Measured, answers, compare
-from remanence.jobs.compress.subject import open_compressed, open_subject
+from remanence.jobs.compress.subject import Opened, open_compressed
 from remanence.jobs.options import check_options
 from remanence.kit.devices import launch
-from remanence.kit.progress import console
 from remanence.kit.report import Report
 from remanence.kit.run import run_folder
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Inspected:
         info: What the file says of itself.
         measured: The float network, where it was given, and the compressed one on the data.
         shares: KL to the float network with one layer in float, by layer.
+        modes: How fast each layer is in each mode, where it was measured.
     """
 
     info: FileInfo
     measured: tuple[Measured, ...]
     shares: tuple[tuple[str, float], ...]
+    modes: dict[str, Choice]
 
 
 def inspect(
@@ -61,8 +64,8 @@ def inspect(
         file: The compressed file.
         out: Run folder to create, with a report; if not given, the table is only printed.
         data: Images, or .npy inputs, to run the network on; its accuracy where they have labels.
-        teacher: The float network that it came from: shows how far the two disagree, and which
-            layer costs how much.
+        teacher: The float network that it came from, or the file of its weights: shows how far
+            the two disagree, and which layer costs how much.
         model: FILE.py:FUNCTION, for a network that only its own code can build.
         size: Side of the images, for a module that does not say.
         modes: Measure every layer decoded once, decoded at each call and looked up, on this
@@ -77,55 +80,69 @@ def inspect(
     if data is None and (teacher is not None or modes):
         raise InputError("--teacher and --modes need inputs; give --data")
     info = inspect_file(file)
-    measured: list[Measured] = []
-    shares: list[tuple[str, float]] = []
-    timings: dict[str, Any] = {}
-    if data is not None:
-        opened = open_compressed(file, model)
-        fabric = launch(1, "32-true")
-        inputs = open_inputs(
-            data,
-            opened.subject,
-            fabric,
-            calibration=4 * batch_size,
-            batch_size=batch_size,
-            scale=(1.0, 1.0),
-            flip=0.0,
-            skip_broken=skip_broken,
-            limit=limit,
-            workers=None,
-            seed=seed,
-        )
-        found = answers(opened.subject.model, opened.subject, inputs, fabric, "test, compressed")
-        reference = found
-        if teacher is not None:
-            original = open_subject(teacher, size=size)
-            reference = answers(original.model, original, inputs, fabric, "test, float")
-            measured.append(compare("float", info.size.uncompressed, reference, reference))
-            shares = explain(opened.subject.model, original.model, inputs.holdout)
-        measured.append(compare("compressed", info.size.total, found, reference))
-        if modes:
-            chosen = choose_modes(opened.subject.model, inputs.example)
-            timings = {name: asdict(each) for name, each in chosen.items()}
-    _print(info, measured)
-    if out is not None:
-        with run_folder(out, "compress inspect", options, seed=seed) as run:
+    with ExitStack() as stack:
+        run = None
+        if out is not None:
+            run = stack.enter_context(run_folder(out, "compress inspect", options, seed=seed))
+        found = Inspected(info, (), (), {})
+        if data is not None:
+            found = _measure(info, open_compressed(file, model, size), data, teacher, options)
+        _print(found)
+        if run is not None:
             run.write_results(
                 {
                     "size": asdict(info.size) | {"total": info.size.total},
                     "layers": [_row(info, index) for index in range(len(info.layers))],
-                    "accuracy": [each.accuracy for each in measured],
-                    "agreement": [each.agreement for each in measured],
-                    "kl": [each.kl for each in measured],
-                    "sensitivity": dict(shares),
-                    "modes": timings,
+                    "accuracy": [each.accuracy for each in found.measured],
+                    "agreement": [each.agreement for each in found.measured],
+                    "kl": [each.kl for each in found.measured],
+                    "sensitivity": dict(found.shares),
+                    "modes": {name: asdict(each) for name, each in found.modes.items()},
                 }
             )
-            report = _report(file, info, measured, shares, timings)
+            report = _report(file, found)
             report.section("Run")
             report.facts(run.summary())
             report.write(run.path("report.html"))
-    return Inspected(info, tuple(measured), tuple(shares))
+    return found
+
+
+def _measure(
+    info: FileInfo, opened: Opened, data: str, teacher: str | None, options: dict[str, Any]
+) -> Inspected:
+    fabric = launch(1, "32-true")
+    subject = opened.subject
+    inputs = open_inputs(
+        data,
+        subject,
+        fabric,
+        calibration=options["batch_size"],
+        batch_size=options["batch_size"],
+        scale=(1.0, 1.0),
+        flip=0.0,
+        skip_broken=options["skip_broken"],
+        limit=options["limit"],
+        workers=None,
+        seed=options["seed"],
+    )
+    said = answers(subject.model, subject, inputs, fabric, "test, compressed")
+    if teacher is None:
+        alone = compare("compressed", info.size.total, said, said)
+        measured = [replace(alone, difference=None, kl=None, agreement=None)]
+        shares = []
+    else:
+        original = opened.float_network(teacher)
+        reference = answers(original, subject, inputs, fabric, "test, float")
+        measured = [
+            compare("float", info.size.uncompressed, reference, reference),
+            compare("compressed", info.size.total, said, reference),
+        ]
+        # The output of a detector holds no logits.
+        shares = [] if subject.detector else explain(subject.model, original, inputs.holdout)
+    modes = {}
+    if options["modes"]:
+        modes = choose_modes(subject.model, move(inputs.example, fabric.device))
+    return Inspected(info, tuple(measured), tuple(shares), modes)
 
 
 HEADER = ["layer", "weight", "block", "codewords", "bytes", "bits a weight"]
@@ -139,34 +156,43 @@ def _row(info: FileInfo, index: int) -> list[Any]:
     return [layer.name, shape, layer.block, layer.codewords, stored, 8 * stored / weights]
 
 
-def _print(info: FileInfo, measured: Sequence[Measured]) -> None:
-    table = Table(*HEADER)
+def _print(found: Inspected) -> None:
+    info = found.info
+    # A log or a pipe has no width to fit in.
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    table = Table(HEADER[0], *(Column(word, justify="right") for word in HEADER[1:]))
     for index in range(len(info.layers)):
         *row, bits = _row(info, index)
         table.add_row(*(f"{x:,}" if isinstance(x, int) else str(x) for x in row), f"{bits:.2f}")
     console.print(table)
-    size = info.size
+    kept = [name for name, shape in info.kept.items() if len(shape) > 1]
+    console.print(f"in float: {', '.join(kept) or 'norms and biases'}", markup=False)
+    size, made = info.size, info.extra
     console.print(
         f"{size.total:,} bytes: codes {size.codes:,}, codebooks {size.codebooks:,}, the rest "
         f"{size.other:,}, header {size.header:,}; {size.ratio:.1f} times fewer than in float32"
     )
-    for each in measured:
-        said = [f"KL {each.kl:.4f}" if each.kl is not None else ""]
-        said += [f"accuracy {each.accuracy[0]:.1%}"] if each.accuracy else []
+    if "metric" in made and "calibration" in made:
+        console.print(
+            f"made with the metric {made['metric']!r} on {made['calibration']} samples, seed "
+            f"{made.get('seed')}",
+            markup=False,
+        )
+    for each in found.measured:
+        said = [f"accuracy {each.accuracy[0]:.1%}"] if each.accuracy else []
+        said += [f"KL {each.kl:.4f} nats"] if each.kl is not None else []
         said += [f"same answer {each.agreement:.1%}"] if each.agreement is not None else []
-        console.print(f"{each.name}: {', '.join(word for word in said if word)}")
+        if said:
+            console.print(f"{each.name}: {', '.join(said)}")
+    for name, choice in found.modes.items():
+        times = ", ".join(f"{m} {1000 * c.seconds:.2f} ms" for m, c in choice.costs.items())
+        console.print(f"{name}: {choice.mode} ({times})", markup=False)
 
 
-def _report(
-    file: Path,
-    info: FileInfo,
-    measured: Sequence[Measured],
-    shares: Sequence[tuple[str, float]],
-    timings: dict[str, Any],
-) -> Report:
-    size = info.size
+def _report(file: Path, found: Inspected) -> Report:
+    info, size = found.info, found.info.size
     report = Report(file.name, f"{size.total:,} bytes, {size.ratio:.1f} times fewer than float32")
-    if measured:
+    if found.measured:
         report.table(
             ["network", "bytes", "accuracy, %", "low", "high", "KL, nats", "same answer, %"],
             [
@@ -177,25 +203,34 @@ def _report(
                     each.kl,
                     None if each.agreement is None else 100 * each.agreement,
                 ]
-                for each in measured
+                for each in found.measured
             ],
             "On the test samples; intervals of 95 %.",
         )
     report.section("Layers")
     rows = [_row(info, index) for index in range(len(info.layers))]
     report.table(HEADER, rows, "What each layer takes in the file.")
-    if shares:
+    if found.shares:
         report.table(
             ["layer", "KL if it were float"],
-            [list(pair) for pair in shares],
+            [list(pair) for pair in found.shares],
             "Which layers cost the most: KL to the float network that is left, in nats, with one "
             "layer's float weights put back.",
         )
-    if timings:
-        words = list(next(iter(timings.values())))
+    if found.modes:
         report.table(
-            ["layer", *words],
-            [[name, *(str(each[word]) for word in words)] for name, each in timings.items()],
-            "Each layer in each way to run it, on this machine.",
+            ["layer", "dense, ms", "lazy, ms", "lookup, ms", "best"],
+            [
+                [name, *(_milliseconds(choice, mode) for mode in get_args(Mode)), choice.mode]
+                for name, choice in found.modes.items()
+            ],
+            "Each layer on this machine: decoded once and kept, decoded at each call, or looked up "
+            "from products with the codewords. The best keeps the least memory of those that are "
+            "about as fast as the fastest.",
         )
     return report
+
+
+def _milliseconds(choice: Choice, mode: Mode) -> float | None:
+    cost = choice.costs.get(mode)
+    return None if cost is None else 1000 * cost.seconds

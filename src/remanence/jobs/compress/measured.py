@@ -95,7 +95,8 @@ def answers(
             test,
             what=what,
         )[0]
-        return Answers(logits.cpu().float(), labels=test.labels if inputs.classes else None)
+        known = inputs.classes and logits.shape[1] == len(test.classes)
+        return Answers(logits.cpu().float(), labels=test.labels if known else None)
     with torch.no_grad():
         if isinstance(test, Images):
             found: list[dict[str, Tensor]] = []

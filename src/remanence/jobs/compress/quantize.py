@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import re
 from collections.abc import Mapping
@@ -100,32 +101,36 @@ def quantize(
     says, and a report of what was lost, layer by layer, beside plain k-means of the same size.
 
     Args:
-        model: Model folder, hf-hub:OWNER/NAME, an architecture together with --weights, or
-            FILE.py:FUNCTION that returns a torch module.
-        data: Image source; labels are used to measure, never to compress. For a network of other
-            inputs, a .npy file of them.
+        model: Model folder, hf-hub:OWNER/NAME, an architecture (timm's name, or torchvision:NAME,
+            detectors too) together with --weights, or FILE.py:FUNCTION that returns a torch module.
+        data: Image source: digits, a folder, .parquet, .tar, a timm dataset; labels are used to
+            measure, never to compress. For a network of other inputs, a .npy file of them.
         out: Run folder to create.
         weights: Weights of an architecture, .safetensors or .pth.
-        model_arg: Argument of the architecture as NAME=VALUE; may be given several times.
+        model_arg: Argument of the architecture or FUNCTION as NAME=VALUE; may be given several
+            times.
         size: Side of the images, for a module that does not say.
-        recipe: small, large, another known recipe, or a JSON file of one.
+        recipe: small, large (bigger blocks), one of the paper's (resnet18-small, resnet18-large,
+            resnet50-small, resnet50-large, resnet50-semisupervised, mask-rcnn), or a JSON file.
         budget: Size of the file, for example 5MiB, or 20x for a twentieth of the float weights;
             blocks and codebooks are then chosen layer by layer.
         keep: Layer, or re:PATTERN, that stays in float; may be given several times.
-        metric: What the search holds dear: plain weights, the paper's shared second moment of the
-            inputs, one of each block, or the full one.
+        metric: How an error of the weights is weighed: all alike (plain), by the second moment of
+            the inputs that the paper shares among all blocks (shared), by one for each block
+            (block), or by the whole of it, which is the error of the layer's output (full).
         target: teacher aims each layer at the float network's outputs, weights at its weights.
             If not given, teacher; weights for a detector.
-        permute: Reorder channels first so that blocks hold alike weights.
+        permute: Reorder channels first, so that weights that vary together share a block.
         calibration: Images to calibrate on.
-        positions: Most positions of a layer's input that are looked at.
+        positions: Most positions of a layer's input that are looked at, over all these images.
         layer_steps: Steps of training after each layer; the paper takes 2500.
         finetune_steps: Steps of training at the end; 0 for none.
         finetune_lr: Its learning rate.
         scale: Smallest and largest area of the random crops to train on.
         flip: Probability to mirror them.
         batch_size: Images a step.
-        controls: Compress by plain k-means and by the paper's metric, too, to the same size.
+        controls: Compress by plain k-means and by the paper's metric, too, to the same size, for
+            comparison; takes about as long again for each.
         sensitivity: Measure each layer's share of the loss, by putting its float weights back.
         onnx: Write the network in ONNX, too, its codes in the graph.
         devices: Devices on this machine; under torchrun the processes it started.
@@ -138,6 +143,8 @@ def quantize(
     options: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("out", "resume")}
     check_options(options)
     rules = _recipe(recipe)
+    if onnx and importlib.util.find_spec("onnx") is None:  # known before hours are spent
+        raise InputError("--onnx needs the onnx package: pip install 'remanence[onnx]'")
     arguments = model_arguments(model_arg or [])
     fabric = launch(devices, "32-true")
     with run_folder(
@@ -161,9 +168,16 @@ def quantize(
         settings = Settings(
             positions, layer_steps, finetune_steps, finetune_lr, seed, fabric.is_global_zero
         )
+        aim: Target = target or ("weights" if subject.detector else "teacher")
         if subject.detector:  # it gives boxes, and no logits to repeat
+            if sensitivity or onnx:
+                raise InputError(
+                    f"{subject.name}: a detector's output holds no logits and its graph branches; "
+                    "leave out --sensitivity and --onnx"
+                )
             settings = replace(settings, layer_steps=0, steps=0)
-        extra = {"data": data, "metric": metric, "seed": seed, **inputs.counts}
+        # Neither names nor paths of the user's: the file is made to be given away.
+        extra = {"metric": metric, "target": aim, "seed": seed, **inputs.counts}
         if budget is None:
             layout = plan(teacher, rules, keep=keep or ())
         else:
@@ -192,7 +206,6 @@ def quantize(
             permuted = permute_channels(teacher, blocks, inputs.example)
             start, notice = permuted.model, permuted.notice
 
-        aim = target or ("weights" if subject.detector else "teacher")
         found = search(start, layout, inputs, settings, metric, aim, run)
         networks: dict[str, nn.Module] = {}
         layers = {OURS: found.report}
@@ -217,6 +230,7 @@ def quantize(
         written = inspect_file(path).size
         # What is measured is what was written.
         back = load(path, copy.deepcopy(teacher))
+        fabric.barrier()  # every process has read it before the first renames the folder
         reference = answers(teacher, subject, inputs, fabric, "test, float")
         measured = [compare(FLOAT, 4 * _weights(teacher), reference, reference)]
         for name, network in {OURS: back, **networks}.items():

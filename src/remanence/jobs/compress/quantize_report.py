@@ -75,13 +75,12 @@ def build_report(finding: Finding, paper_bytes: int) -> Report:
     )
     report.text(_summary(finding))
     report.table(
-        ["network", "bytes", "accuracy, %", "low", "high", "lost, points", "low", "high",
-         "KL, nats", "same answer, %"],
+        ["network", "bytes", "accuracy, %", "95 %", "lost, points", "95 %", "KL, nats",
+         "same answer, %"],
         [_row(each) for each in finding.measured],
         f"Measured on {counts['test']:,} test samples that nothing else looked at; intervals of "
         "95 %, those of the loss paired with the float network. KL is that of the answers to the "
-        "float network's. All but the float network are of one size and hold the same codes and "
-        "codebooks; only the search differs.",
+        "float network's. All but the float network are files of one size.",
     )  # fmt: skip
     if len(finding.measured) > 2 and finding.measured[0].accuracy is not None:
         report.figure(
@@ -136,6 +135,8 @@ def build_report(finding: Finding, paper_bytes: int) -> Report:
             else ""
         )
         + (f"Channels were not all reordered: {finding.notice}. " if finding.notice else "")
+        + "`remanence compress inspect` shows what the file holds, `remanence compress expand` "
+        "makes a plain checkpoint of it, and `remanence.compress.load` opens it."
     )
     return report
 
@@ -154,9 +155,11 @@ def _summary(finding: Finding) -> str:
         said += f"{ours.agreement:.1%} of the float network's sure detections are found again. "
     elif ours.agreement is not None:
         said += (
-            f"There are no labels to tell its accuracy; it gives the float network's answer on "
-            f"{ours.agreement:.1%} of the test samples. "
+            "No labels of the network's own classes tell its accuracy; it gives the float "
+            f"network's answer on {ours.agreement:.1%} of the test samples. "
         )
+    if finding.subject.detector:
+        said += "A detector has no logits to repeat, and so its codewords were not trained. "
     lost = [each.name for each in finding.compressed.report if each.output_error > LOST]
     if lost:
         said += (
@@ -167,11 +170,14 @@ def _summary(finding: Finding) -> str:
 
 
 def _row(each: Measured) -> list[Any]:
-    accuracy = [None] * 3 if each.accuracy is None else [100 * x for x in each.accuracy]
-    lost: list[float | None] = [None] * 3
+    accuracy: list[float | str | None] = [None, None]
+    lost: list[float | str | None] = [None, None]
+    if each.accuracy is not None:
+        value, low, high = (100 * x for x in each.accuracy)
+        accuracy = [value, f"{low:.1f} to {high:.1f}"]
     if each.difference is not None and each.name != "float":
-        low, high = each.difference.interval
-        lost = [-100 * each.difference.difference, -100 * high, -100 * low]
+        low, high = (100 * x for x in each.difference.interval)
+        lost = [-100 * each.difference.difference, f"{-high:.1f} to {-low:.1f}"]
     same = None if each.agreement is None else 100 * each.agreement
     return [each.name, each.bytes, *accuracy, *lost, each.kl, same]
 
@@ -180,6 +186,7 @@ def _layers(report: Report, finding: Finding) -> None:
     searched = {each.name: each for each in finding.compressed.report}
     shares = dict(finding.shares)
     rows = []
+    noted = any(row["note"] for row in finding.plan.table())
     for row in finding.plan.table():
         found = searched.get(str(row["layer"]))
         rows.append(
@@ -193,15 +200,16 @@ def _layers(report: Report, finding: Finding) -> None:
                 None if found is None else 100 * found.output_error,
                 None if found is None else 100 * found.weight_error,
                 *([shares.get(str(row["layer"]))] if shares else []),
-                row["note"],
+                *([row["note"]] if noted else []),
             ]
         )
     report.table(
         ["layer", "weight", "block", "codewords", "bytes", "bits a weight", "output error, %",
-         "weight error, %", *(["KL if it were float"] if shares else []), "note"],
+         "weight error, %", *(["KL in float"] if shares else []), *(["note"] if noted else [])],
         rows,
         "Errors are squared and relative: of the layer's output on the calibration set against "
-        "what it aimed at, and of its weights. The search minds the first, not the second.",
+        "what it aimed at, and of its weights. The search minds the first, not the second."
+        + (" KL in float: what is left of the KL with this layer in float." if shares else ""),
     )  # fmt: skip
     report.figure(
         _errors(finding.compressed.report),
@@ -227,11 +235,12 @@ def _bars(measured: Sequence[Measured]) -> Figure:
 
 
 def _errors(layers: Sequence[Any]) -> Figure:
-    figure = Figure(figsize=(6.4, 0.17 * len(layers) + 0.9))
+    many = len(layers) > 24
+    figure = Figure(figsize=(6.4, (0.17 if many else 0.3) * len(layers) + 0.9))
     axes = figure.subplots()
     places = range(len(layers))
     axes.barh(places, [100 * each.output_error for each in layers], color="C0", height=0.7)
-    axes.set_yticks(places, [each.name for each in layers], fontsize=6)
+    axes.set_yticks(places, [each.name for each in layers], fontsize=6 if many else 9)
     axes.invert_yaxis()
     axes.set_xlabel("output error, %")
     axes.spines[["top", "right"]].set_visible(False)

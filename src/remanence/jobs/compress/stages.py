@@ -53,6 +53,7 @@ def search(
 ) -> Compressed:
     """Quantise a network layer by layer; every finished layer is kept for `--resume`."""
     state = run.load_state("layers") or {}
+    run.keep_metrics({"quantise": len(state)})
     layouts = {layer.name: layer.layout for layer in plan.layers}
     done = {
         name: FinishedLayer(
@@ -75,8 +76,9 @@ def search(
                 "shift": layer.shift,
                 "report": report,
             }
+            # Logged first: a line too many is dropped when the run goes on, one too few is lost.
+            run.log(stage="quantise", step=len(state), **report)
             run.save_state("layers", state)
-            run.log(stage="quantise", **report)
             progress.note(f"{layer.report.name}: output error {layer.report.output_error:.2%}")
             progress.advance()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import timm
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from remanence.compress.file import inspect_file, load
@@ -90,27 +92,47 @@ def open_subject(
             load_weights(detector.model, read_weights(folder), str(folder))
             return detector
     if folder.is_dir() or source.startswith("hf-hub:"):
-        if weights is not None or given:
+        if weights is not None or given or size is not None:
             raise InputError(
-                f"{source}: brings its own weights and arguments; leave out --weights, --model-arg"
+                f"{source}: brings its own weights, arguments and size; leave out --weights, "
+                "--model-arg and --size"
             )
         return _classifier(open_network(source))
     if weights is None:
         raise InputError(
-            f"{source}: no such model folder; an architecture alone has no trained weights: "
-            "give them with --weights FILE"
+            f"{source}: no such model folder; if it is an architecture, give its trained weights "
+            "with --weights FILE"
         )
     state = read_tensors(weights)
-    count = given.pop("num_classes", None) or len(next(reversed(state.values())))
+    count = given.pop("num_classes", None) or _class_count(source, state)
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"{weights}: tells no number of classes; give --model-arg num_classes=N")
     if is_detector(source):
         subject = _detector({"architecture": source, "num_classes": count, "model_args": given})
     else:
         network = create_network(source, [str(i) for i in range(count)], size=size, arguments=given)
-        network.classes = ()
         network.model.eval()
-        subject = _classifier(network)
+        config = network_config(network)
+        # Numbers stood in for the names of the classes, which nobody told.
+        config.pop("label_names", None)
+        network.classes = ()
+        subject = Subject(network.model, network.name, config, network)
     load_weights(subject.model, state, str(weights))
     return subject
+
+
+def _class_count(source: str, state: Mapping[str, Tensor]) -> int | None:
+    """Read the number of classes from the classifier's tensors, or else from the last tensor."""
+    if is_detector(source):
+        head = "roi_heads.box_predictor.cls_score"
+    else:
+        config = timm.models.get_pretrained_cfg(source) if timm.is_model(source) else None
+        named = getattr(config, "classifier", None) or ""
+        head = named if isinstance(named, str) else named[0]
+        if not head:
+            head = next(reversed(list(state)), "").rpartition(".")[0]
+    tensor = state.get(f"{head}.weight")
+    return None if tensor is None or not tensor.ndim else len(tensor)
 
 
 @dataclass(frozen=True)
@@ -121,15 +143,36 @@ class Opened:
         subject: The network with quantised layers.
         info: What the file says of itself.
         epsilons: Epsilon of each batch norm as its code builds it; in the file they are folded.
+        untrained: The float network that it was read into, with fresh weights.
     """
 
     subject: Subject
     info: FileInfo
     epsilons: dict[str, float]
+    untrained: nn.Module
+
+    def float_network(self, given: str) -> nn.Module:
+        """Open the float network that it came from.
+
+        Args:
+            given: As `open_subject`, or a file of the weights of this architecture.
+
+        Raises:
+            InputError: It cannot be opened, or its weights do not fit.
+        """
+        path = Path(given).expanduser()
+        if path.is_dir() or not path.is_file():
+            return open_subject(given).model
+        model = copy.deepcopy(self.untrained)
+        load_weights(model, read_tensors(path), given)
+        return model.eval()
 
 
 def open_compressed(
-    path: Path, model: str | nn.Module | None = None, mode: Mode = "dense"
+    path: Path,
+    model: str | nn.Module | None = None,
+    size: int | None = None,
+    mode: Mode = "dense",
 ) -> Opened:
     """Open a compressed network.
 
@@ -137,6 +180,7 @@ def open_compressed(
         path: The file.
         model: The user's own code that builds the float network, where the file needs it:
             `FILE.py:FUNCTION`, or the module.
+        size: Side of the input of a module that does not say.
         mode: How its layers run.
 
     Raises:
@@ -150,17 +194,19 @@ def open_compressed(
                 f"{path}: was made from a module called {config['module']}, which only its code "
                 "can build; give --model FILE.py:FUNCTION"
             )
-        subject = open_subject(model)
+        subject = open_subject(model, size=size)
     else:
         config = check_config(config, str(path))
         if is_detector(config["architecture"]):
             subject = _detector(config)
         else:
-            subject = _classifier(build_network(config, str(path)))
+            network = build_network(config, str(path))
+            subject = Subject(network.model, network.name, config, network)
+    untrained = copy.deepcopy(subject.model)
     norms = {n: m for n, m in subject.model.named_modules() if isinstance(m, _BatchNorm)}
     epsilons = {name: norm.eps for name, norm in norms.items()}
     load(path, subject.model, mode=mode)
-    return Opened(subject, info, epsilons)
+    return Opened(subject, info, epsilons, untrained)
 
 
 def _classifier(network: Network) -> Subject:
