@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 import harness
-from remanence.compress.kmeans import kmeans, metric_factor, nearest
 from remanence.compress.layout import Layout, codeword_count, layout_of
+from remanence.compress.quantizer.kmeans import kmeans, metric_factor, nearest
 
 if TYPE_CHECKING:
     import argparse

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import harness
-from remanence.compress.execution import choose_modes, set_mode
 from remanence.compress.layout import codeword_count, layout_of
-from remanence.compress.modules import float_copy, replace_layers
+from remanence.compress.modules.execution import choose_modes, set_mode
+from remanence.compress.modules.replace import float_copy, replace_layers
 from remanence.compress.quantised import Quantised
 
 if TYPE_CHECKING:

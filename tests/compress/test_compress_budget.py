@@ -6,20 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from remanence.compress.allocate import allocate, knapsack, parse_bytes
-from remanence.compress.budget import (
+from remanence.compress.modules.replace import quantised_layers, replace_layers
+from remanence.compress.network.calibration import mean_kl
+from remanence.compress.network.explain import explain
+from remanence.compress.network.layers import find_layers
+from remanence.compress.planning.allocate import allocate, knapsack, parse_bytes
+from remanence.compress.planning.budget import (
     measure_choices,
     plan_budget,
 )
-from remanence.compress.calibration import mean_kl
-from remanence.compress.explain import explain
-from remanence.compress.file import inspect_file, save
-from remanence.compress.layers import find_layers
-from remanence.compress.modules import quantised_layers, replace_layers
-from remanence.compress.moments import Moments
-from remanence.compress.plan import Kept, LayerPlan, Plan, plan
-from remanence.compress.quantizer import quantize_rows
-from remanence.compress.size import size
+from remanence.compress.planning.plan import Kept, LayerPlan, Plan, plan
+from remanence.compress.planning.size import size
+from remanence.compress.quantizer.moments import Moments
+from remanence.compress.quantizer.rows import quantize_rows
+from remanence.compress.storage.file import inspect_file, save
 from remanence.errors import InputError
 
 

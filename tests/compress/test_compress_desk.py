@@ -11,12 +11,12 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # torch's own name for it
 
-from remanence.compress.calibration import mean_kl
-from remanence.compress.finetune import finetune
-from remanence.compress.layers import find_layers
-from remanence.compress.pipeline import Compressed, Target, compress
-from remanence.compress.plan import LayerPlan, Plan
-from remanence.compress.quantizer import Metric
+from remanence.compress.network.calibration import mean_kl
+from remanence.compress.network.finetune import finetune
+from remanence.compress.network.layers import find_layers
+from remanence.compress.network.pipeline import Compressed, Target, compress
+from remanence.compress.planning.plan import LayerPlan, Plan
+from remanence.compress.quantizer.rows import Metric
 
 
 def network() -> nn.Sequential:

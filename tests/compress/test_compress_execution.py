@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from remanence.compress import lookup
-from remanence.compress.execution import _LiveBytes, choose_modes, set_mode
 from remanence.compress.layout import Layout, layout_of
-from remanence.compress.modules import float_copy, quantised_layers, replace_layers
+from remanence.compress.modules import lookup
+from remanence.compress.modules.execution import _LiveBytes, choose_modes, set_mode
+from remanence.compress.modules.replace import float_copy, quantised_layers, replace_layers
 from remanence.compress.quantised import Quantised
 from remanence.errors import InputError
 

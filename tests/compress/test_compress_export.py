@@ -9,10 +9,10 @@ import timm
 import torch
 from torch import nn
 
-from remanence.compress.export import export_onnx
 from remanence.compress.layout import Layout, layout_of
-from remanence.compress.modules import quantised_layers, replace_layers
+from remanence.compress.modules.replace import quantised_layers, replace_layers
 from remanence.compress.quantised import Quantised
+from remanence.compress.storage.export import export_onnx
 from remanence.errors import InputError
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from remanence.compress.file import inspect_file, load, save
-from remanence.compress.format import digest
-from remanence.compress.layers import find_layers
-from remanence.compress.modules import quantised_layers, replace_layers
-from remanence.compress.plan import LayerPlan, Plan, plan
+from remanence.compress.modules.replace import quantised_layers, replace_layers
+from remanence.compress.network.layers import find_layers
+from remanence.compress.planning.plan import LayerPlan, Plan, plan
+from remanence.compress.planning.size import size
 from remanence.compress.quantised import Quantised
-from remanence.compress.size import size
-from remanence.compress.stored import as_stored
+from remanence.compress.storage.file import inspect_file, load, save
+from remanence.compress.storage.format import digest
+from remanence.compress.storage.stored import as_stored
 from remanence.errors import InputError
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  # torch's own name for it
 
-from remanence.compress.calibration import mean_kl
-from remanence.compress.finetune import finetune
 from remanence.compress.layout import Layout
-from remanence.compress.modules import quantised_layers, replace_layers
-from remanence.compress.norms import reestimate_norms
+from remanence.compress.modules.replace import quantised_layers, replace_layers
+from remanence.compress.network.calibration import mean_kl
+from remanence.compress.network.finetune import finetune
+from remanence.compress.network.norms import reestimate_norms
 from remanence.compress.quantised import Quantised
 from remanence.errors import InputError
 

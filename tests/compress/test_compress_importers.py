@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from remanence.compress.importers import import_bgd, import_pqf
-from remanence.compress.modules import quantised_layers
+from remanence.compress.modules.replace import quantised_layers
+from remanence.compress.storage.importers import import_bgd, import_pqf
 from remanence.errors import InputError
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans as Peer
 from torch import Tensor
 
-from remanence.compress.float16 import round_to_float16
-from remanence.compress.kmeans import KMeans, kmeans, metric_factor, nearest
+from remanence.compress.quantizer.float16 import round_to_float16
+from remanence.compress.quantizer.kmeans import KMeans, kmeans, metric_factor, nearest
 from remanence.errors import InputError
 
 
@@ -76,7 +76,7 @@ def test_a_common_offset_does_not_drown_the_differences_in_float32(metric: Tenso
 def test_reduced_precision_settings_do_not_reach_the_products(setting: str) -> None:
     program = f"""
 import torch
-from remanence.compress.kmeans import exact_products, nearest
+from remanence.compress.quantizer.kmeans import exact_products, nearest
 points, centroids = torch.randn(3000, 9), torch.randn(256, 9)
 expected = nearest(points, centroids)
 if {setting!r} == "legacy":

@@ -8,7 +8,7 @@ from torch.nn import functional as F  # noqa: N812  # torch's own name for it
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from remanence.compress.layout import Layout, layout_of
-from remanence.compress.modules import (
+from remanence.compress.modules.replace import (
     PQConv2d,
     PQEmbedding,
     PQLinear,

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from remanence.compress import moments as module
 from remanence.compress.layout import Layout, layout_of
-from remanence.compress.moments import Moments, input_rows
+from remanence.compress.quantizer import moments as module
+from remanence.compress.quantizer.moments import Moments, input_rows
 from remanence.errors import InputError
 
 

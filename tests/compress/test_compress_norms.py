@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from remanence.compress.calibration import mean_kl
-from remanence.compress.norms import fold_batch_norms, improve_norms, reestimate_norms
+from remanence.compress.network.calibration import mean_kl
+from remanence.compress.network.norms import fold_batch_norms, improve_norms, reestimate_norms
 from remanence.errors import InputError
 
 

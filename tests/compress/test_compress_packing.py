@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from remanence.compress import packing
-from remanence.compress.packing import pack, unpack
+from remanence.compress.storage import packing
+from remanence.compress.storage.packing import pack, unpack
 from remanence.errors import InputError
 
 

@@ -11,9 +11,9 @@ from sklearn.cluster import KMeans
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 -- torch's own abbreviation
 
-from remanence.compress.channel_groups import ChannelGroups
-from remanence.compress.channel_runs import Channels
-from remanence.compress.permute import _Layer, permute
+from remanence.compress.permutation.channel_groups import ChannelGroups
+from remanence.compress.permutation.channel_runs import Channels
+from remanence.compress.permutation.permute import _Layer, permute
 from remanence.errors import InputError
 
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from remanence.compress.calibration import mean_kl
-from remanence.compress.finetune import finetune
-from remanence.compress.gather import Calibration, gather_moments
-from remanence.compress.layers import find_layers
-from remanence.compress.modules import float_copy, quantised_layers
-from remanence.compress.moments import Moments
-from remanence.compress.pipeline import compress
-from remanence.compress.plan import LayerPlan, Plan, plan
-from remanence.compress.trace import trace
+from remanence.compress.modules.replace import float_copy, quantised_layers
+from remanence.compress.network.calibration import mean_kl
+from remanence.compress.network.finetune import finetune
+from remanence.compress.network.gather import Calibration, gather_moments
+from remanence.compress.network.layers import find_layers
+from remanence.compress.network.pipeline import compress
+from remanence.compress.network.trace import trace
+from remanence.compress.planning.plan import LayerPlan, Plan, plan
+from remanence.compress.quantizer.moments import Moments
 from remanence.errors import InputError
 
 
@@ -298,7 +298,7 @@ RANKS = """
     from torch import distributed as dist
     sys.path.insert(0, {folder!r})
     from test_compress_pipeline import batches, coarse, network
-    from remanence.compress.pipeline import compress
+    from remanence.compress.network.pipeline import compress
 
     rank = int(sys.argv[1])
     dist.init_process_group("gloo", init_method="file://{store}", rank=rank, world_size=2)

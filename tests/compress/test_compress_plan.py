@@ -8,9 +8,9 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-from remanence.compress.plan import LayerPlan, Plan, plan
-from remanence.compress.recipe import RECIPES
-from remanence.compress.size import size
+from remanence.compress.planning.plan import LayerPlan, Plan, plan
+from remanence.compress.planning.recipe import RECIPES
+from remanence.compress.planning.size import size
 from remanence.errors import InputError
 
 # Parameters, then MiB: float32, small blocks as the paper counts and as filed, large blocks.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from remanence.compress.quant_noise import QuantNoise, quant_noise, remove_quant_noise
+from remanence.compress.modules.quant_noise import QuantNoise, quant_noise, remove_quant_noise
 from remanence.errors import InputError
 
 

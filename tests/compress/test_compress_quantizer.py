@@ -3,12 +3,13 @@ import itertools
 import pytest
 import torch
 
-from remanence.compress import block_metric, full_metric, quantizer
-from remanence.compress import moments as moments_module
-from remanence.compress.block_metric import Blocks, block_kmeans
 from remanence.compress.layout import Layout
-from remanence.compress.moments import Moments
-from remanence.compress.quantizer import output_error, quantize_rows
+from remanence.compress.quantizer import block_metric, full_metric
+from remanence.compress.quantizer import moments as moments_module
+from remanence.compress.quantizer import rows as quantizer
+from remanence.compress.quantizer.block_metric import Blocks, block_kmeans
+from remanence.compress.quantizer.moments import Moments
+from remanence.compress.quantizer.rows import output_error, quantize_rows
 from remanence.errors import InputError
 
 METRICS = ("plain", "shared", "block", "full")

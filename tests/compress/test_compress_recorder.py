@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  # torch's own name for it
 
-from remanence.compress.layers import find_layers
-from remanence.compress.recorder import listen
-from remanence.compress.trace import execution_order, record_inputs, trace
+from remanence.compress.network.layers import find_layers
+from remanence.compress.network.recorder import listen
+from remanence.compress.network.trace import execution_order, record_inputs, trace
 from remanence.errors import InputError
 
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from remanence.compress import moments as moments_module
 from remanence.compress.layout import Layout
-from remanence.compress.moments import Moments
-from remanence.compress.target import bias_correction, teacher_target
+from remanence.compress.quantizer import moments as moments_module
+from remanence.compress.quantizer.moments import Moments
+from remanence.compress.quantizer.target import bias_correction, teacher_target
 from remanence.errors import InputError
 
 LAYOUT = Layout("conv", (6, 4, 3), 2)  # two groups of 3 rows of length 12

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from remanence.cli import main
-from remanence.compress.file import inspect_file
+from remanence.compress.storage.file import inspect_file
 from remanence.errors import InputError
 from remanence.jobs.compress.expand import expand
 from remanence.jobs.compress.inspect import inspect

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from remanence.cli import main
-from remanence.compress.file import inspect_file
+from remanence.compress.storage.file import inspect_file
 from remanence.jobs.compress.subject import open_compressed
 from remanence.kit.checkpoints import load_weights, read_weights
 from remanence.kit.models import open_network

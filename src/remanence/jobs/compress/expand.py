@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from remanence.compress.export import export_onnx
-from remanence.compress.modules import float_copy
+from remanence.compress.modules.replace import float_copy
+from remanence.compress.storage.export import export_onnx
 from remanence.errors import InputError
 from remanence.jobs.compress.subject import open_compressed
 from remanence.jobs.options import check_options

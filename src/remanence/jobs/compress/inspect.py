@@ -11,12 +11,12 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Column, Table
 
-from remanence.compress.calibration import move
-from remanence.compress.execution import Choice, choose_modes
-from remanence.compress.explain import explain
-from remanence.compress.file import inspect_file
-from remanence.compress.quantised_layer import Mode
-from remanence.compress.reader import FileInfo
+from remanence.compress.modules.execution import Choice, choose_modes
+from remanence.compress.modules.quantised_layer import Mode
+from remanence.compress.network.calibration import move
+from remanence.compress.network.explain import explain
+from remanence.compress.storage.file import inspect_file
+from remanence.compress.storage.reader import FileInfo
 from remanence.errors import InputError
 from remanence.jobs.compress.inputs import open_inputs
 from remanence.jobs.compress.measured import Measured, answers, compare

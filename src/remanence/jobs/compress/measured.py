@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from remanence.compress.calibration import logits_of
+from remanence.compress.network.calibration import logits_of
 from remanence.jobs.audit.outputs import evaluation_transform
 from remanence.jobs.compress.inputs import Inputs, Photographs
 from remanence.jobs.compress.subject import Subject

@@ -13,19 +13,19 @@ from typing import Any
 
 from torch import nn
 
-from remanence.compress.allocate import parse_bytes
-from remanence.compress.budget import plan_budget
-from remanence.compress.explain import explain
-from remanence.compress.export import export_onnx
-from remanence.compress.file import inspect_file, load, save
-from remanence.compress.layers import find_layers
-from remanence.compress.permute import permute as permute_channels
-from remanence.compress.pipeline import LayerReport, Target
-from remanence.compress.plan import plan
-from remanence.compress.quantizer import Metric
-from remanence.compress.recipe import RECIPES
-from remanence.compress.size import Size
-from remanence.compress.size import size as count_bytes
+from remanence.compress.network.explain import explain
+from remanence.compress.network.layers import find_layers
+from remanence.compress.network.pipeline import LayerReport, Target
+from remanence.compress.permutation.permute import permute as permute_channels
+from remanence.compress.planning.allocate import parse_bytes
+from remanence.compress.planning.budget import plan_budget
+from remanence.compress.planning.plan import plan
+from remanence.compress.planning.recipe import RECIPES
+from remanence.compress.planning.size import Size
+from remanence.compress.planning.size import size as count_bytes
+from remanence.compress.quantizer.rows import Metric
+from remanence.compress.storage.export import export_onnx
+from remanence.compress.storage.file import inspect_file, load, save
 from remanence.errors import InputError
 from remanence.jobs.compress.inputs import open_inputs
 from remanence.jobs.compress.measured import Measured, answers, compare

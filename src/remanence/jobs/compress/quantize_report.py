@@ -8,10 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from remanence.compress.finetune import CurvePoint
-from remanence.compress.pipeline import Compressed
-from remanence.compress.plan import Plan
-from remanence.compress.size import Size
+from remanence.compress.network.finetune import CurvePoint
+from remanence.compress.network.pipeline import Compressed
+from remanence.compress.planning.plan import Plan
+from remanence.compress.planning.size import Size
 from remanence.jobs.compress.inputs import Inputs
 from remanence.jobs.compress.measured import Measured
 from remanence.jobs.compress.subject import Subject

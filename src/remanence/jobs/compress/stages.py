@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from remanence.compress.finetune import CurvePoint, finetune
-from remanence.compress.pipeline import Compressed, FinishedLayer, LayerReport, compress
+from remanence.compress.network.finetune import CurvePoint, finetune
+from remanence.compress.network.pipeline import Compressed, FinishedLayer, LayerReport, compress
 from remanence.compress.quantised import Quantised
-from remanence.compress.quantizer import Metric
+from remanence.compress.quantizer.rows import Metric
 from remanence.jobs.compress.inputs import Inputs
 from remanence.kit.progress import bar
 
 if TYPE_CHECKING:
-    from remanence.compress.pipeline import Target
-    from remanence.compress.plan import Plan
+    from remanence.compress.network.pipeline import Target
+    from remanence.compress.planning.plan import Plan
     from remanence.kit.run import RunFolder
 
 

@@ -13,9 +13,9 @@ import timm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from remanence.compress.file import inspect_file, load
-from remanence.compress.quantised_layer import Mode
-from remanence.compress.reader import FileInfo
+from remanence.compress.modules.quantised_layer import Mode
+from remanence.compress.storage.file import inspect_file, load
+from remanence.compress.storage.reader import FileInfo
 from remanence.errors import InputError
 from remanence.kit.checkpoints import (
     check_config,

@@ -1,0 +1,1 @@
+"""Layers that hold codes and a codebook, and ways to run them."""

@@ -1,0 +1,1 @@
+"""Channels reordered so that blocks hold alike weights."""

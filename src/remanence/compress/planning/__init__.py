@@ -1,0 +1,1 @@
+"""Which layers, how finely, in how many bytes."""

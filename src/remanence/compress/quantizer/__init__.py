@@ -1,0 +1,1 @@
+"""Weights to codes and a codebook: the exact core."""

@@ -1,0 +1,1 @@
+"""One safe file, and the formats of others."""
