@@ -39,9 +39,7 @@ REGIMES = {
 NETWORKS = (FLOAT, f"{PLAIN}{NOT_TUNED}", f"{PAPER}{NOT_TUNED}", UNTUNED, PLAIN, PAPER, OURS)
 
 
-def measure(
-    data: str, model: Path, regime: str, seed: int, steps: int, out: Path
-) -> dict[str, Any]:
+def measure(data: str, model: Path, regime: str, steps: int, out: Path) -> dict[str, Any]:
     """Compress one network in one regime, unless that is done, and return the run's results."""
     run = out / f"{model.name}-{'-'.join(regime.replace(',', '').replace(' =', '').split())}"
     if not run.exists():
@@ -53,7 +51,6 @@ def measure(
             out=run,
             recipe=str(recipe),
             finetune_steps=steps,
-            seed=seed,
         )
     results: dict[str, Any] = json.loads((run / "results.json").read_text())
     return results
@@ -80,8 +77,8 @@ def main() -> None:
     console = Console()
     for regime in REGIMES:
         found = [
-            measure(options.data, model, regime, seed, options.steps, options.out)
-            for seed, model in enumerate(options.models)
+            measure(options.data, model, regime, options.steps, options.out)
+            for model in options.models
         ]
         table = Table("network", "right, %", "gain over plain k-means", "KL, nats", title=regime)
         rows = [{each["name"]: each for each in results["measured"]} for results in found]

@@ -1,0 +1,1 @@
+"""Vectors, images and patches to find again."""
