@@ -94,7 +94,7 @@ def test_a_command_is_the_function_of_the_same_name(path):
     [
         ("lern", "lern: unknown command; did you mean learn?"),
         ("learn clasifier", "clasifier: unknown command; did you mean classifier?"),
-        ("quantize", "quantize: unknown command; there are audit, learn, reproduce"),
+        ("quantize", "quantize: unknown command; there are audit, compress, learn, reproduce"),
         ("--bogus", "--bogus: unknown option; "),
         ("learn --bogus", "--bogus: unknown option; "),
         ("learn classifier digits --out x --bogus 3", "Unknown option: --bogus"),

@@ -53,8 +53,9 @@ class LayerReport:
         block: Weights in a block.
         codewords: Codewords.
         output_error: Squared error of the layer's output on the student's inputs, relative to the
-            output that was aimed at; both about their means where the bias takes the mean error.
-        raw_error: The same before the bias is corrected, means included.
+            output that was aimed at; both about their means where a bias or norm can take the mean
+            error, whether it did or not.
+        raw_error: The same with the means included.
         weight_error: Squared error of the weights, relative to the float network's.
         positions: Rows that entered the moments; 0 for a layer that multiplies nothing.
         pieces: Pieces of its input's second moment; more than 1 only for very long rows.
@@ -243,8 +244,9 @@ def _quantise(
     rows = layer.layout.to_rows(layer.weight.detach()).float()
     multiplies = any(traced.geometries[layer.name])
     whole = layer.name not in traced.partial
-    taker = _bias_taker(layer, traced) if bias and multiplies and whole else "none"
-    seen = moments if taker == "none" else _about_mean(moments)
+    could = _bias_taker(layer, traced) if multiplies and whole else "none"
+    about_mean = moments if could == "none" else _about_mean(moments)
+    taker, seen = (could, about_mean) if bias else ("none", moments)
     aim = teacher_target(rows, seen) if moments.teacher_mean is not None and whole else rows
     found = quantize_rows(
         aim,
@@ -261,7 +263,7 @@ def _quantise(
         name=layer.name,
         block=plan.block,
         codewords=plan.codewords,
-        output_error=found.output_error,
+        output_error=output_error(aim, decoded, about_mean),
         raw_error=output_error(aim, decoded, moments),
         weight_error=off.item(),
         positions=moments.count if multiplies else 0,
