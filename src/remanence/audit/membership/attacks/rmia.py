@@ -12,8 +12,8 @@ from remanence.audit.membership.bayes import free_energy
 from remanence.audit.membership.signals import FloatArray, Signals
 from remanence.errors import InputError
 
-CACHED = 1 << 17  # losses a pass; a core's cache holds them and their exponentials
-SMALLEST = 1e-280  # sums of exp(-loss) below lose digits, and are formed from the losses' excess
+CACHED = 1 << 17  # confidences a pass; a core's cache holds them for both sides
+SMALLEST = 1e-280  # sums of confidences below lose digits, and are formed from the losses
 
 
 def rmia_score(
@@ -117,13 +117,13 @@ def _log_mean_confidence(references: References, sides: Sequence[BoolArray]) -> 
     step = max(1, CACHED // (K * Q))
     for start in range(0, N, step):
         part = slice(start, start + step)
-        loss = references.loss[:, part]
-        confidence = np.exp(-loss)
+        confidence = references.conf[:, part]
         for out, use in zip(log_p, sides, strict=True):
             weight = use[:, part].astype(np.float64)
             sums = np.einsum("knq,kn->nq", confidence, weight)
             if sums.min() > SMALLEST:
                 out[part] = np.log(sums / weight.sum(axis=0)[:, None])
             else:
-                out[part] = -free_energy(loss, where=use[:, part, None])
+                losses = references.loss[:, part]
+                out[part] = -free_energy(losses, where=use[:, part, None])
     return log_p
