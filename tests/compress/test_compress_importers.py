@@ -122,7 +122,7 @@ def test_outputs_are_those_of_the_network_that_was_saved(
     x = torch.randn(4, 3, 9, 9)
     torch.testing.assert_close(model(x), net(x), rtol=1e-5, atol=1e-5)
     assert all(torch.equal(fresh.state_dict()[key], value) for key, value in before.items())
-    assert model.bn1.eps == (0 if folded else 1e-5)
+    assert model.bn1.eps == 1e-5
 
 
 def test_codes_that_wrapped_in_16_bits_are_put_right() -> None:

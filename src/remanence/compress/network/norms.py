@@ -38,8 +38,8 @@ def running_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 def fold_batch_norms(model: nn.Module) -> tuple[str, ...]:
     """Fold running statistics into scale and shift, in place.
 
-    scale = gamma / sqrt(var + eps) and shift = beta - mean * scale; the statistics become mean 0
-    and variance 1, and eps becomes 0, so that scale and shift are all there is to store.
+    scale = gamma / sqrt(var + eps) and shift = beta - mean * scale; the statistics become those
+    that normalise nothing, so that scale and shift are all there is to store.
 
     Args:
         model: A network; the BatchNorms that have both a scale and running statistics change, and
@@ -66,11 +66,18 @@ def fold_batch_norms(model: nn.Module) -> tuple[str, ...]:
                     "check its running statistics"
                 )
             parameter.copy_(value)
-        norm.running_mean.zero_()
-        norm.running_var.fill_(1)
-        norm.eps = 0.0
+        normalise_nothing(norm)
         folded.append(name)
     return tuple(folded)
+
+
+@torch.no_grad()
+def normalise_nothing(norm: _BatchNorm) -> None:
+    """Give a BatchNorm mean 0 and variance 1 - eps: with its own eps, a divisor of 1."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1 - norm.eps)
 
 
 @contextmanager

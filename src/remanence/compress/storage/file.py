@@ -17,6 +17,7 @@ from remanence.compress.modules.execution import set_mode
 from remanence.compress.modules.quantised_layer import Mode
 from remanence.compress.modules.replace import quantised_layers, replace_layers
 from remanence.compress.network.layers import find_layers
+from remanence.compress.network.norms import normalise_nothing
 from remanence.compress.planning.plan import LayerPlan
 from remanence.compress.planning.size import Size
 from remanence.compress.quantizer.float16 import round_to_float16
@@ -186,11 +187,7 @@ def load(
         for name, tensor in targets.items():
             tensor.copy_(kept[name])
         for norm in folded_norms(model).values():
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            norm.running_mean.zero_()
-            norm.running_var.fill_(1)
-            norm.eps = 0.0
+            normalise_nothing(norm)
     set_mode(model, mode)
     return model.eval()
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from remanence.compress.layout import Layout, layout_of
 from remanence.compress.modules.replace import replace_layers
+from remanence.compress.network.norms import normalise_nothing
 from remanence.compress.quantised import Quantised
 from remanence.compress.quantizer.float16 import round_to_float16
 from remanence.errors import InputError
@@ -209,9 +210,7 @@ def _assemble(
             wanted[key].copy_(value)
         for name in folded:
             norm: Any = modules[name]
-            norm.running_mean.zero_()
-            norm.running_var.fill_(1)
-            norm.eps = 0.0
+            normalise_nothing(norm)
     return replace_layers(model, layers)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from remanence.compress.modules.replace import float_copy
 from remanence.compress.storage.export import export_onnx
@@ -66,8 +65,6 @@ def expand(
             export_onnx(opened.subject.model, run.path("compressed.onnx"), example)
             return Expanded(out, opened.subject.model)
         plain = float_copy(opened.subject.model).eval()
-        for name, epsilon in opened.epsilons.items():
-            _unfold(plain.get_submodule(name), epsilon)
         config, folder = opened.info.architecture, run.path("model")
         if "architecture" in config:
             write_folder(folder, config, plain.state_dict())
@@ -75,10 +72,3 @@ def expand(
             folder.mkdir()
             write_tensors(folder / WEIGHTS, plain.state_dict())
     return Expanded(out, plain)
-
-
-def _unfold(norm: nn.Module, epsilon: float) -> None:
-    # Whoever builds the network anew gives its norms their epsilon; theirs is 0 in the file.
-    if isinstance(norm, _BatchNorm) and norm.eps == 0 and norm.running_var is not None:
-        norm.eps = epsilon
-        norm.running_var.fill_(1 - epsilon)

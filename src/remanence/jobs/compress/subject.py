@@ -11,7 +11,6 @@ from typing import Any
 
 import timm
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from remanence.compress.modules.quantised_layer import Mode
 from remanence.compress.storage.file import inspect_file, load
@@ -142,13 +141,11 @@ class Opened:
     Attributes:
         subject: The network with quantised layers.
         info: What the file says of itself.
-        epsilons: Epsilon of each batch norm as its code builds it; in the file they are folded.
         untrained: The float network that it was read into, with fresh weights.
     """
 
     subject: Subject
     info: FileInfo
-    epsilons: dict[str, float]
     untrained: nn.Module
 
     def float_network(self, given: str) -> nn.Module:
@@ -203,10 +200,8 @@ def open_compressed(
             network = build_network(config, str(path))
             subject = Subject(network.model, network.name, config, network)
     untrained = copy.deepcopy(subject.model)
-    norms = {n: m for n, m in subject.model.named_modules() if isinstance(m, _BatchNorm)}
-    epsilons = {name: norm.eps for name, norm in norms.items()}
     load(path, subject.model, mode=mode)
-    return Opened(subject, info, epsilons, untrained)
+    return Opened(subject, info, untrained)
 
 
 def _classifier(network: Network) -> Subject:
