@@ -50,7 +50,7 @@ def run(model: nn.Module, batch: Batch, forward: Forward | None) -> object:
         return (forward or call)(model, move(batch, device))
     except InputError:
         raise
-    except Exception as error:
+    except Exception as error:  # the network's own code raises what it likes
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"the model cannot run a calibration batch of {describe(batch)} "

@@ -112,7 +112,7 @@ def _export_float(
                 do_constant_folding=False,
                 training=torch.onnx.TrainingMode.PRESERVE,
             )
-    except Exception as error:
+    except Exception as error:  # the exporter runs the network's code, and raises all kinds
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"torch cannot export the network to ONNX: {reason}") from error
     finally:

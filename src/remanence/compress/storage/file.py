@@ -264,6 +264,6 @@ def _write(target: Path, raw: bytes) -> None:
         os.umask(mask)
         Path(name).chmod(0o666 & ~mask)
         Path(name).replace(target)
-    except BaseException:
+    except BaseException:  # an interrupt, too, must leave nothing half-written; it rises again
         Path(name).unlink(missing_ok=True)
         raise

@@ -82,7 +82,7 @@ def key_of_run(
         raise InputError(f"{path}: key cannot be written ({error.strerror})") from error
     try:
         yield key
-    except BaseException:
+    except BaseException:  # an interrupt, too, must leave no key without its images; it rises again
         if not keep():
             path.unlink(missing_ok=True)
         raise

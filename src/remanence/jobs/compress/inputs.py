@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,9 +166,9 @@ class _InOrder(Sequence[Any]):
         start = index * self.batch_size
         return self.batch(slice(start, min(start + self.batch_size, len(self.samples))))
 
+    @abstractmethod
     def batch(self, part: slice) -> Any:
         """Return the batch of some samples."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
