@@ -76,7 +76,10 @@ def test_a_common_offset_does_not_drown_the_differences_in_float32(metric: Tenso
 def test_reduced_precision_settings_do_not_reach_the_products(setting: str) -> None:
     program = f"""
 import torch
-from remanence.compress.quantizer.kmeans import exact_products, nearest
+from remanence.compress.quantizer.kmeans import (
+    nearest,
+)
+from remanence.modes import exact_products
 points, centroids = torch.randn(3000, 9), torch.randn(256, 9)
 expected = nearest(points, centroids)
 if {setting!r} == "legacy":

@@ -14,6 +14,7 @@ from torch import distributed as dist
 from torch.nn import functional as F  # noqa: N812  # torch's own name for it
 
 from remanence.errors import InputError
+from remanence.modes import evaluating
 
 # A tensor is the network's one argument, a tuple or list its arguments, a mapping its keywords.
 Batch: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -227,18 +228,6 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     total = values.to(device, copy=True)
     dist.all_reduce(total)
     return total.to(values.device)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a network in eval mode and restore each module's mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

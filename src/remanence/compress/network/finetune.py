@@ -16,7 +16,6 @@ from remanence.compress.network.calibration import (
     Batch,
     Forward,
     device_of,
-    evaluating,
     kl_divergence,
     logits_of,
     mean_kl,
@@ -28,6 +27,7 @@ from remanence.compress.network.calibration import (
 from remanence.compress.network.norms import batch_statistics, running_norms
 from remanence.compress.quantizer.float16 import round_to_float16
 from remanence.errors import InputError
+from remanence.modes import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

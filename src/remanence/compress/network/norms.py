@@ -13,13 +13,13 @@ from remanence.compress.network.calibration import (
     Batch,
     Forward,
     device_of,
-    evaluating,
     mean_kl,
     own_randomness,
     run,
     sum_over_ranks,
 )
 from remanence.errors import InputError
+from remanence.modes import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -23,11 +23,11 @@ from remanence.compress.network.calibration import (
     Batch,
     Forward,
     device_of,
-    evaluating,
     own_randomness,
     run,
 )
 from remanence.compress.quantizer.moments import input_rows
+from remanence.modes import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from remanence.errors import InputError
+from remanence.modes import exact_products
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
 TILE = 2**17  # scores held at a time and thread: 512 KiB, which a second-level cache holds
 STRIP = 32  # points; products of whole strips are the same bits however many lie side by side
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Keep float32 products in float32: no TF32, no bfloat16, no autocast."""
-    # The older get_float32_matmul_precision fails where a caller has set a backend's own precision.
-    onednn: Any = torch.backends.mkldnn  # its stubs lack `matmul`
-    backends = (torch.backends.cuda.matmul, onednn.matmul)
-    precisions = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, precisions, strict=True):
-            backend.fp32_precision = precision
 
 
 def metric_factor(metric: Tensor) -> Tensor:

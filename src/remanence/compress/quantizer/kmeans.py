@@ -19,13 +19,13 @@ from remanence.compress.quantizer.assignment import (
     WhitePoints,
     as_float,
     check_points,
-    exact_products,
     metric_factor,
     nearest,
     ordered_sum,
     squared_distances,
 )
 from remanence.errors import InputError
+from remanence.modes import exact_products
 
 __all__ = ["KMeans", "exact_products", "kmeans", "metric_factor", "nearest"]
 

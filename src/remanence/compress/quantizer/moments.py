@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from remanence.compress.quantizer.kmeans import exact_products
 from remanence.errors import InputError
+from remanence.modes import exact_products
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

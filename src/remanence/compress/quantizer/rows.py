@@ -19,10 +19,14 @@ from remanence.compress.quantised import Quantised
 from remanence.compress.quantizer.block_metric import Blocks, block_kmeans
 from remanence.compress.quantizer.float16 import round_to_float16
 from remanence.compress.quantizer.full_metric import Rows, full_descent
-from remanence.compress.quantizer.kmeans import exact_products, kmeans, nearest
+from remanence.compress.quantizer.kmeans import (
+    kmeans,
+    nearest,
+)
 from remanence.compress.quantizer.moments import Moments
 from remanence.compress.quantizer.target import mean_diagonal
 from remanence.errors import InputError
+from remanence.modes import exact_products
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from remanence.errors import InputError
 from remanence.learn.fixres.layers import find_last_norms
-from remanence.learn.fixres.norm_graph import evaluating, norm_graph
+from remanence.learn.fixres.norm_graph import (
+    norm_graph,
+)
+from remanence.modes import evaluating
 
 
 class _EnoughError(Exception):

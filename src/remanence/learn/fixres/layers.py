@@ -18,7 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
 from remanence.errors import InputError
-from remanence.learn.fixres.norm_graph import evaluating, hooked, norm_graph
+from remanence.learn.fixres.norm_graph import (
+    hooked,
+    norm_graph,
+)
+from remanence.modes import evaluating
 
 # What a network raises when an image is too small, too large or not a multiple of its patch.
 REFUSALS = (RuntimeError, AssertionError, ValueError, IndexError)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from remanence.modes import evaluating
+
 
 @dataclass(frozen=True)
 class NormGraph:
@@ -126,18 +128,6 @@ def _fold(
         name = leaves.get(id(getattr(node, "variable", None)))
         done[node] = merge(node, [done[i] for i in inputs]) if name is None else {name}
     return done[root]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a block with the whole model in eval mode, then give each module its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from remanence.errors import InputError
+from remanence.modes import exact_products
 from remanence.search.kernel_descriptor.embedding import (
     Embedding,
     cartesian_embedding,
     polar_embedding,
 )
-from remanence.search.kernel_descriptor.exact import exact_products
 from remanence.search.kernel_descriptor.gradients import gradient_fields, smooth
 from remanence.search.kernel_descriptor.von_mises import von_mises_coefficients
 

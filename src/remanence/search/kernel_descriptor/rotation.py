@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import normalize
 
 from remanence.errors import InputError
-from remanence.search.kernel_descriptor.exact import exact_products
+from remanence.modes import exact_products
 
 if TYPE_CHECKING:
     from torch import Tensor

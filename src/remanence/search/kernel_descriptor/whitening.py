@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from remanence.errors import InputError
-from remanence.search.kernel_descriptor.exact import exact_products
+from remanence.modes import exact_products
 from remanence.search.kernel_descriptor.spectrum import RANK, shrinkage, spectrum
 from remanence.search.kernel_descriptor.supervised import supervised_projection
 

@@ -1,4 +1,4 @@
-"""Products of float32 matrices in float32, whatever the caller has allowed."""
+"""States of torch that hold for a block and are given back after it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,25 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a network in eval mode and give each of its modules its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
 
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Keep float32 products in float32: no TF32, no bfloat16, no autocast."""
+    # The older get_float32_matmul_precision fails where a caller has set a backend's own precision.
     onednn: Any = torch.backends.mkldnn  # its stubs lack `matmul`
     backends = (torch.backends.cuda.matmul, onednn.matmul)
     precisions = [backend.fp32_precision for backend in backends]
