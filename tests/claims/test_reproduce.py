@@ -56,6 +56,20 @@ def test_a_claim_that_does_not_hold_is_shown_and_exits_with_1(tmp_path):
 
 
 @pytest.mark.usefixtures("claims")
+def test_claims_measured_side_by_side_are_those_measured_in_turn(tmp_path, monkeypatch):
+    figures = []
+    for threads in (1, 2):
+        monkeypatch.setattr(module.torch, "get_num_threads", lambda threads=threads: threads)
+        out = tmp_path / str(threads)
+        assert cli.main(["reproduce", "broken", "held", "--out", str(out)]) == 1
+        results = json.loads((out / "results.json").read_text())
+        assert list(results) == ["broken", "held"]
+        figures.append({name: {**row, "seconds": 0} for name, row in results.items()})
+        assert (out / "report.html").read_text().count("The details of it.") == 2
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.usefixtures("claims")
 def test_an_unknown_system_is_refused(tmp_path, capsys):
     assert cli.main(["reproduce", "nothing", "--out", str(tmp_path / "r")]) == 2
     assert "held, broken" in capsys.readouterr().err.replace("\n", " ")

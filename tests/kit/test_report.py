@@ -296,3 +296,19 @@ def test_curves_without_bands_and_with_gaps() -> None:
     assert tuple(label.xy) == (2, 2.0)
     diverged = curve_figure({"a": ([1, 2], [float("nan")] * 2, None, None)}, "x", "y")
     assert not diverged.axes[0].texts
+
+
+def test_an_included_report_keeps_its_sections_and_its_figures_ids():
+    page = Report("page")
+    page.section("first")
+    for mark in ("a-", "b-"):
+        part = Report("part", mark=mark)
+        part.text(f"before {mark}")
+        part.section(f"section {mark}")
+        part.figure(curve_figure({"x": ([0, 1], [0, 1], None, None)}, "x", "y"), "caption", "alt")
+        page.include(part)
+    html = page.html()
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    places = [html.index(text) for text in ("before a-", "section a-", "before b-", "section b-")]
+    assert places == sorted(places)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from remanence.errors import InputError
-from remanence.kit.progress import say
+from remanence.kit.progress import console, say, track
 from remanence.kit.report import Cell, Report
 from remanence.kit.run import run_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from remanence.claims.claim import Claim
     from remanence.kit.run import RunFolder
 
@@ -26,6 +33,8 @@ CLAIMS = {
     "dejavu": "remanence.claims.dejavu:dejavu_claim",
     "radioactive": "remanence.claims.radioactive:radioactive_claim",
 }
+
+PROCESSES = 4  # at most; each holds a copy of torch and of its claim's data
 
 
 @dataclass(frozen=True)
@@ -65,14 +74,10 @@ def reproduce(*systems: str, out: Path | None = None) -> Reproduced:
     claims = []
     seconds = []
     with run_folder(out, "reproduce", {"systems": " ".join(chosen)}) as run:
-        for number, name in enumerate(chosen, start=1):
-            say(f"[{number}/{len(chosen)}] {name}")
-            started = time.perf_counter()
-            module, _, function = CLAIMS[name].partition(":")
-            claim: Claim = getattr(import_module(module), function)()
-            seconds.append(time.perf_counter() - started)
+        for claim, spent in _measured(chosen):
+            seconds.append(spent)
             claims.append(claim)
-            say(f"{name}: {'holds' if claim.holds else 'does not hold'}. {claim.measured}")
+            say(f"{claim.system}: {'holds' if claim.holds else 'does not hold'}. {claim.measured}")
         run.write_results(
             {
                 claim.system: {
@@ -88,6 +93,48 @@ def reproduce(*systems: str, out: Path | None = None) -> Reproduced:
         _report(run, claims, seconds)
     say(f"report: {out / 'report.html'}")
     return Reproduced(out, claims)
+
+
+def _measured(systems: list[str]) -> Iterator[tuple[Claim, float]]:
+    """Measure claims, in their order, in as many processes as there are cores for.
+
+    Claims work on small tensors, which a second core speeds up little.
+    """
+    threads = torch.get_num_threads()
+    processes = min(len(systems), threads, PROCESSES)
+    if processes == 1:
+        for number, name in enumerate(systems, start=1):
+            say(f"[{number}/{len(systems)}] {name}")
+            yield _measure(CLAIMS[name])
+        return
+    with ProcessPoolExecutor(
+        processes,
+        mp_context=get_context("spawn"),
+        initializer=_worker,
+        initargs=(threads // processes,),
+    ) as pool:
+        waiting = [pool.submit(_measure, CLAIMS[name]) for name in systems]
+        try:
+            for result in track(waiting, f"{len(systems)} claims, {processes} at a time"):
+                yield result.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    console.quiet = True  # bars of several processes would overwrite each other
+
+
+def _measure(target: str) -> tuple[Claim, float]:
+    """Measure one claim and write its details, so that it can pass between processes."""
+    started = time.perf_counter()
+    module, _, function = target.partition(":")
+    claim: Claim = getattr(import_module(module), function)()
+    details = Report(claim.system, mark=f"{claim.system}-")
+    claim.details(details)
+    written = replace(claim, details=partial(Report.include, other=details))
+    return written, time.perf_counter() - started
 
 
 def _free_name(path: Path) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
@@ -53,11 +53,13 @@ class Report:
     Args:
         title: Heading of the page.
         subtitle: One line under it.
+        mark: Begins the ids of its figures; reports that one page includes need different ones.
     """
 
-    def __init__(self, title: str, subtitle: str = "") -> None:
+    def __init__(self, title: str, subtitle: str = "", mark: str = "") -> None:
         self._title = title
         self._subtitle = subtitle
+        self._mark = mark
         self._sections = [_Section("")]  # what comes before the first heading
         self._figures = 0
 
@@ -128,7 +130,15 @@ class Report:
             alt: What it shows, for those who cannot see it.
         """
         self._figures += 1
-        self._add("figure", svg=_svg(figure, f"fig{self._figures}-", alt), caption=caption)
+        self._add(
+            "figure", svg=_svg(figure, f"{self._mark}fig{self._figures}-", alt), caption=caption
+        )
+
+    def include(self, other: Self) -> None:
+        """Add all that another report holds, from where this one stands."""
+        first, *rest = other._sections
+        self._sections[-1].blocks += first.blocks
+        self._sections += rest
 
     def html(self) -> str:
         """The page as one string."""
