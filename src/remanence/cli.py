@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ROOMS = {
     "learn": "Train and sharpen networks.",
     "compress": "Shrink a network that is too big.",
+    "search": "Find vectors, images and patches again, in a few bytes each.",
     "audit": "Ask whether a model saw data.",
 }
 
@@ -46,6 +47,30 @@ COMMANDS = {
     ("compress", "expand"): (
         "remanence.jobs.compress.expand:expand",
         "Make a plain timm or torch checkpoint of a compressed file, or ONNX.",
+    ),
+    ("search", "train"): (
+        "remanence.jobs.search.train:train",
+        "Learn a map that spreads vectors on a sphere, for codes of a few bytes.",
+    ),
+    ("search", "index"): (
+        "remanence.jobs.search.index:index",
+        "Code vectors into an index that is saved, extended and merged.",
+    ),
+    ("search", "query"): (
+        "remanence.jobs.search.query:query",
+        "Find the nearest vectors of an index.",
+    ),
+    ("search", "bench"): (
+        "remanence.jobs.search.bench:bench",
+        "Which code finds most at so many bytes: ours, PQ, OPQ, RQ, LSQ, ITQ or PCA?",
+    ),
+    ("search", "describe"): (
+        "remanence.jobs.search.describe:describe",
+        "Describe the local patches of images, and learn a whitening from them.",
+    ),
+    ("search", "match"): (
+        "remanence.jobs.search.match:match",
+        "Do two photographs show one scene? Match them, draw it, write the homography.",
     ),
     ("audit", "membership"): (
         "remanence.jobs.audit.membership:membership",

@@ -27,10 +27,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Keep float32 products in float32: no TF32, no bfloat16, no autocast."""
+    """Keep float32 products and convolutions in float32: no TF32, no bfloat16, no autocast."""
     # The older get_float32_matmul_precision fails where a caller has set a backend's own precision.
-    onednn: Any = torch.backends.mkldnn  # its stubs lack `matmul`
-    backends = (torch.backends.cuda.matmul, onednn.matmul)
+    cudnn: Any = torch.backends.cudnn  # these stubs lack `conv` and `matmul`
+    onednn: Any = torch.backends.mkldnn
+    backends = (torch.backends.cuda.matmul, cudnn.conv, onednn.matmul, onednn.conv)
     precisions = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"

@@ -28,7 +28,7 @@ from remanence.search.kernel_descriptor.von_mises import von_mises_coefficients
 
 SMALLEST = 8  # pixels of the side
 FLAT = 1e-3  # mean weight of a pixel below which a patch shows nothing
-CPU_PIXELS = 2**18  # pixels at a time, whose gradient fields take 7 MB in float32
+CPU_PIXELS = 2**17  # pixels at a time, whose gradient fields take 4 MB in float32
 GPU_PIXELS = 2**24
 
 
@@ -129,36 +129,54 @@ class KernelDescriptor:
                 patches.new_zeros(0, self.dim),
                 torch.zeros(0, dtype=torch.bool, device=patches.device),
             )
-        embeddings = _embeddings(self, size, patches.dtype, patches.device)
+        positions = position_matrix(self, patches, size)
         pixels = GPU_PIXELS if patches.is_cuda else CPU_PIXELS
         with exact_products():
-            chunks = [
-                self._describe(chunk, embeddings)
+            sums = [
+                gradient_fields(smooth(chunk), self.theta[1]).flatten(2) @ positions
                 for chunk in torch.split(patches, max(1, pixels // size**2))
             ]
-        vectors, valid = zip(*chunks, strict=True)
-        return Descriptors(torch.cat(vectors), torch.cat(valid))
+            return describe_sums(self, torch.cat(sums, dim=1), size)
 
-    def _describe(
-        self, patches: Tensor, embeddings: tuple[Tensor, tuple[Embedding, ...]]
-    ) -> Descriptors:
-        positions, parts = embeddings
-        fields = gradient_fields(smooth(patches), self.theta[1]).flatten(2)  # (T, N, s^2)
-        sums = fields @ positions  # (T, N, columns of all parts)
-        weight = sums[0, :, 0] / (parts[0].unit * patches.shape[-1] ** 2)  # mean of w g
-        valid = weight.detach() >= FLAT
-        vectors = []
-        widths = [part.positions.shape[1] for part in parts]
-        for part, columns in zip(parts, torch.split(sums, widths, dim=2), strict=True):
-            harmonics = columns.reshape(
-                *columns.shape[:2], part.mixing.shape[3], -1
-            )  # (T, N, J, R)
-            vector = torch.einsum("tauj,unjr->ntar", part.mixing, harmonics).flatten(1)
-            if self.normalise:
-                length = torch.where(valid, vector.norm(dim=1), 1) * len(parts) ** 0.5
-                vector = torch.where(valid[:, None], vector / length[:, None], 0)
-            vectors.append(vector)
-        return Descriptors(torch.cat(vectors, dim=1), valid)
+
+def position_matrix(descriptor: KernelDescriptor, like: Tensor, size: int) -> Tensor:
+    """Return what turns the gradient fields of a patch into all its sums over pixels.
+
+    Args:
+        descriptor: The kernels.
+        like: A tensor of the wanted type and device.
+        size: Side s of the patch.
+
+    Returns:
+        Functions of the position (s^2, C), those of the polar part first.
+    """
+    return _embeddings(descriptor, size, like.dtype, like.device)[0]
+
+
+def describe_sums(descriptor: KernelDescriptor, sums: Tensor, size: int) -> Descriptors:
+    """Make descriptors of the sums over pixels.
+
+    Args:
+        descriptor: The kernels.
+        sums: Gradient fields times the `position_matrix` (T, N, C), for T = 2n + 1 fields.
+        size: Side s of the patches.
+
+    Returns:
+        Descriptors of N patches.
+    """
+    _, parts = _embeddings(descriptor, size, sums.dtype, sums.device)
+    weight = sums[0, :, 0] / (parts[0].unit * size**2)  # mean of w g
+    valid = weight.detach() >= FLAT
+    vectors = []
+    widths = [part.positions.shape[1] for part in parts]
+    for part, columns in zip(parts, torch.split(sums, widths, dim=2), strict=True):
+        shape = (*columns.shape[:2], part.mixing.shape[3], -1)  # (T, N, J, R)
+        vector = torch.einsum("tauj,unjr->ntar", part.mixing, columns.reshape(shape)).flatten(1)
+        if descriptor.normalise:
+            length = torch.where(valid, vector.norm(dim=1), 1) * len(parts) ** 0.5
+            vector = torch.where(valid[:, None], vector / length[:, None], 0)
+        vectors.append(vector)
+    return Descriptors(torch.cat(vectors, dim=1), valid)
 
 
 @lru_cache(maxsize=32)

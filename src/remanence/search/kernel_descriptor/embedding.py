@@ -81,11 +81,49 @@ def cartesian_embedding(
     return Embedding(positions, mixing, float(cartesian[0]))
 
 
-def _grid(size: int) -> tuple[Tensor, Tensor]:
-    """X and y of the pixels in row-major order (s^2,) each, from -1 to 1."""
-    steps = torch.arange(-(size - 1), size, 2, dtype=torch.float64) / (size - 1)
-    y, x = torch.meshgrid(steps, steps, indexing="ij")
+def pixel_grid(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return the positions of pixels, from -1 to 1 along each axis.
+
+    Args:
+        height: Rows h; a single one is at 0.
+        width: Columns w; a single one is at 0.
+
+    Returns:
+        x and y in row-major order, (h w,) each, float64.
+    """
+    down, across = (
+        torch.arange(-(n - 1), n, 2, dtype=torch.float64) / max(n - 1, 1) for n in (height, width)
+    )
+    y, x = torch.meshgrid(down, across, indexing="ij")
     return x.flatten(), y.flatten()
+
+
+def position_features(
+    x: Tensor, y: Tensor, kind: str, coefficients: Tensor, centrality: float | None
+) -> Tensor:
+    """Return the weighted feature maps of positions, without their gradients.
+
+    Args:
+        x: Horizontal positions (P,), -1 to 1.
+        y: Vertical positions (P,).
+        kind: polar for psi(phi) (x) psi(pi rho), cartesian for psi(pi x / 2) (x) psi(pi y / 2).
+        coefficients: Of both kernels (k + 1,), float64.
+        centrality: As for the polar embedding.
+
+    Returns:
+        Vectors ((2k + 1)^2, P), the second factor fastest, float64.
+    """
+    rho = torch.hypot(x, y) / math.sqrt(2)
+    if kind == "polar":
+        angles = torch.atan2(y, x), torch.pi * rho
+    else:
+        angles = torch.pi / 2 * x, torch.pi / 2 * y
+    slow, fast = (feature_map(angle, coefficients) for angle in angles)
+    return torch.einsum("ap,bp->abp", slow * _centrality(rho, centrality), fast).flatten(0, 1)
+
+
+def _grid(size: int) -> tuple[Tensor, Tensor]:
+    return pixel_grid(size, size)
 
 
 def _centrality(rho: Tensor, sigma: float | None) -> Tensor:

@@ -12,37 +12,40 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LAST_OF_FIVE = 65  # side of the largest patch that 5 x 5 taps blur
+FAINT = 1e-24  # squared gradient below which a weight fades faster, so that derivatives stay finite
 
 
-def smooth(patches: Tensor) -> Tensor:
+def smooth(images: Tensor, size: int | None = None) -> Tensor:
     """Blur patches by a Gaussian of sigma = 1.4 s / 64 pixels, with replicated borders.
 
     The window has 5 x 5 taps up to s = 65, the largest patches that the published codes were used
     with; above it reaches 3 sigma.
 
     Args:
-        patches: (N, s, s), float32 or float64, N at least 1.
+        images: (N, h, w), float32 or float64, N at least 1.
+        size: s; by default h, as of patches (N, s, s).
 
     Returns:
         The same shape and type. What is constant stays so to the last bit.
     """
-    size = patches.shape[-1]
+    height, width = images.shape[-2:]
+    size = size or height
     sigma = 1.4 * size / 64
     radius = 2 if size <= LAST_OF_FIVE else math.ceil(3 * sigma)
-    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma) ** 2)
-    weights = (taps / taps.sum()).tolist()
-    image = patches.unsqueeze(1)
-    for axis, margins in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
-        padded = pad(image, margins, mode="replicate")
+    taps = [math.exp(-0.5 * (step / sigma) ** 2) for step in range(radius + 1)]
+    total = taps[0] + 2 * math.fsum(taps[1:])
+    image = pad(images.unsqueeze(1), (radius,) * 4, mode="replicate").squeeze(1)
+    for axis, length in ((1, height), (2, width)):
         # A sum of shifted copies, not a convolution: every pixel is rounded alike, so that a flat
         # region has no gradient, where rounding noise would give it a weight and a direction.
-        image = weights[radius] * padded.narrow(axis, radius, size)
+        blurred = taps[0] / total * image.narrow(axis, radius, length)
         for step in range(1, radius + 1):
-            before = padded.narrow(axis, radius - step, size)
-            image = image + weights[radius + step] * (
-                before + padded.narrow(axis, radius + step, size)
+            both = image.narrow(axis, radius - step, length) + image.narrow(
+                axis, radius + step, length
             )
-    return image.squeeze(1)
+            blurred += both.mul_(taps[step] / total)
+        image = blurred
+    return image
 
 
 def gradient_fields(patches: Tensor, order: int) -> Tensor:
@@ -50,27 +53,42 @@ def gradient_fields(patches: Tensor, order: int) -> Tensor:
 
     For m and theta the magnitude and direction of the central difference (I(x-1) - I(x+1),
     I(y-1) - I(y+1)), the weight is sqrt(m). The harmonics follow from cos theta and sin theta by
-    products: no trigonometric function is called.
+    Chebyshev's recurrence: no trigonometric function is called.
 
     Args:
-        patches: Smoothed patches (N, s, s), N at least 1.
+        patches: Smoothed patches (N, h, w), N at least 1.
         order: Number n of frequencies.
 
     Returns:
-        sqrt(m), sqrt(m) cos(k theta) for k = 1..n, then sqrt(m) sin(k theta): (2n + 1, N, s, s).
+        sqrt(m), sqrt(m) cos(k theta) for k = 1..n, then sqrt(m) sin(k theta): (2n + 1, N, h, w).
         All are 0 where there is no gradient.
     """
-    padded = pad(patches.unsqueeze(1), (1, 1, 1, 1), mode="replicate").squeeze(1)
-    gx = padded[:, 1:-1, :-2] - padded[:, 1:-1, 2:]
-    gy = padded[:, :-2, 1:-1] - padded[:, 2:, 1:-1]
-    squared = gx * gx + gy * gy
-    slope = squared > 0
-    inverse = torch.where(slope, squared, 1).rsqrt()  # 1 / m; the 1 keeps derivatives finite
-    cos, sin = gx * inverse, gy * inverse
-    weight = torch.where(slope, inverse, torch.inf).rsqrt()  # sqrt(m)
-    cosines, sines = [weight], [torch.zeros_like(weight)]
-    for _ in range(order):
-        last_cos, last_sin = cosines[-1], sines[-1]
-        cosines.append(last_cos * cos - last_sin * sin)
-        sines.append(last_sin * cos + last_cos * sin)
-    return torch.stack(cosines + sines[1:])
+    count = 2 * order + 1
+    shape = patches.shape
+    differentiable = patches.requires_grad and torch.is_grad_enabled()
+    patches = pad(patches.unsqueeze(1), (1, 1, 1, 1), mode="replicate").squeeze(1)
+    gx = patches[:, 1:-1, :-2] - patches[:, 1:-1, 2:]
+    gy = patches[:, :-2, 1:-1] - patches[:, 2:, 1:-1]
+    del patches
+    # Where no derivative is wanted, a field is written where it will stand: stacking finished ones
+    # would read and write them all once more.
+    stacked = None if differentiable else gx.new_empty(count, *shape)
+    places = [None] * count if stacked is None else [*stacked]
+    squared = torch.addcmul(torch.mul(gx, gx, out=places[0]), gy, gy, out=places[0])
+    inverse = squared.clamp(min=FAINT).rsqrt_()  # 1 / m
+    root = inverse.sqrt()
+    magnitude = torch.mul(squared, inverse, out=places[0])
+    cosines, sines = [torch.mul(magnitude, root, out=places[0])], []
+    if order:
+        cosines.append(torch.mul(gx, root, out=places[1]))
+        sines.append(torch.mul(gy, root, out=places[order + 1]))
+    del gy, root
+    twice = (gx * inverse).mul_(2)  # 2 cos theta; h_k = 2 cos theta h_(k-1) - h_(k-2)
+    for k in range(2, order + 1):
+        place = places[k]
+        cosine = torch.mul(twice, cosines[-1], out=place)
+        cosines.append(torch.sub(cosine, cosines[-2], out=place))
+        place = places[order + k]
+        sine = torch.mul(twice, sines[-1], out=place)
+        sines.append(sine if k == 2 else torch.sub(sine, sines[-2], out=place))
+    return torch.stack(cosines + sines) if stacked is None else stacked

@@ -48,3 +48,16 @@ def shrinkage(values: Tensor, keval: int) -> float:
             f"pairs, or a keval below {int((values > RANK).sum())}"
         )
     return level
+
+
+def effective_rank(values: Tensor) -> float:
+    """Return the exponential of a spectrum's entropy (Roy and Vetterli, EUSIPCO 2007).
+
+    Args:
+        values: Eigenvalues (E,), at least 0 but for rounding, one above.
+
+    Returns:
+        1 (one direction has all variance) to E (all have the same).
+    """
+    share = values.clamp_min(0) / values.clamp_min(0).sum()
+    return float(torch.special.entr(share).sum().exp())

@@ -35,9 +35,8 @@ class SphericalCode(ABC):
     def quantize(self, x: Tensor) -> Tensor:
         """Return the point that makes the smallest angle with each vector.
 
-        The comparison is made in float64, which holds the products of float32 vectors and points
-        exactly, so that the result does not depend on the batch or the device. A coordinate of 0
-        counts as positive.
+        The result does not depend on the batch or the device; how finely a comparison is made, the
+        class says. A coordinate of 0 counts as positive.
 
         Args:
             x: Vectors (n, dim) of any length and any real type.
@@ -51,8 +50,8 @@ class SphericalCode(ABC):
         self._check(x)
         if x.dtype == torch.bool or x.is_complex():
             raise InputError(f"vectors of {x.dtype}: give real numbers")
-        finite = x.isfinite().all(1)
-        if not bool(finite.all()):
+        # The sum of finite numbers may be infinite, but not the other way round.
+        if not math.isfinite(x.detach().sum()) and not bool((finite := x.isfinite().all(1)).all()):
             raise InputError(f"row {int((~finite).int().argmax())} holds NaN or infinity")
         x = x if x.is_floating_point() else x.double()
         points = torch.empty(x.shape, dtype=torch.int8, device=x.device)

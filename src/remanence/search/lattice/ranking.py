@@ -4,7 +4,8 @@ A code's points are the words of an automaton: it reads a coordinate at a time, 
 what the coordinates still to come must make up, such as the rest of the squared norm. The rank of a
 word is the number of words before it: at each coordinate, those that agree so far and go on with an
 earlier value. Numbers up to 2^64 are int64 less 2^63, which keeps their order; larger ones are
-several integers of 48 bits, whose sums fit in int64.
+several integers of 48 bits, whose sums fit in int64. That is how torch counts, on any device; on
+the processor `compiled` does the same with integers of 64 bits.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,10 @@ from remanence.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
+
+    from numpy.typing import NDArray
+
+    from remanence.search.lattice.compiled import Numbering
 
     State = TypeVar("State", bound=Hashable)
 
@@ -94,6 +100,7 @@ class Ranking:
         # None where codes of so many words are never too large.
         full = self.size == 1 << (64 if words == 1 else WORD * words)
         self._end = None if full else [_word(self.size, w, words) for w in range(words)]
+        self._compiled: Numbering | None = None
 
     def rank(self, words: Tensor) -> Tensor:
         """Number the words.
@@ -109,7 +116,12 @@ class Ranking:
         """
         codes = torch.empty(len(words), self.nbytes, dtype=torch.uint8, device=words.device)
         for start in range(0, len(words), CHUNK):
-            self._rank(words[start : start + CHUNK], codes[start : start + CHUNK], start)
+            part = words[start : start + CHUNK]
+            on_cpu = words.device.type == "cpu"
+            numbers, bad = self._numbering().rank(part) if on_cpu else self._rank(part)
+            if bad >= 0:
+                raise InputError(f"row {start + bad} is no point of the code")
+            codes[start : start + CHUNK] = numbers
         return codes
 
     def unrank(self, codes: Tensor) -> Tensor:
@@ -131,7 +143,15 @@ class Ranking:
         length = self._tables.before.shape[1]
         words = torch.empty(len(codes), length, dtype=torch.int8, device=codes.device)
         for start in range(0, len(codes), CHUNK):
-            self._unrank(codes[start : start + CHUNK], words[start : start + CHUNK], start)
+            part = codes[start : start + CHUNK]
+            on_cpu = codes.device.type == "cpu"
+            found, bad = self._numbering().unrank(part) if on_cpu else self._unrank(part)
+            if bad >= 0:
+                raise InputError(
+                    f"code {start + bad} is not below {self.size}: it was damaged, or written for "
+                    "another code"
+                )
+            words[start : start + CHUNK] = found
         return words
 
     def _on(self, device: torch.device) -> _Tables:
@@ -139,13 +159,32 @@ class Ranking:
             self._tables = _Tables(*(table.to(device) for table in self._tables))
         return self._tables
 
+    def _numbering(self) -> Numbering:
+        if self._compiled is None:
+            from remanence.search.lattice.compiled import Numbering  # numba takes time to import
+
+            tables = self._on(torch.device("cpu"))
+            self._compiled = Numbering(
+                self.size,
+                self.nbytes,
+                _limbs(tables.before, self.bits),
+                tables.following.numpy(),
+                tables.letters.numpy(),
+                tables.places.numpy(),
+                tables.accepting.numpy(),
+                self._lowest,
+            )
+        return self._compiled
+
     def _bytes_of(self, w: int) -> range:
         """Return the bytes of a code that its integer w holds."""
         if len(self._tables.before) == 1:
             return range(self.nbytes)
         return range(w * WORD // 8, min((w + 1) * WORD // 8, self.nbytes))
 
-    def _rank(self, words: Tensor, codes: Tensor, start: int) -> None:
+    def _rank(self, words: Tensor) -> tuple[Tensor, int]:
+        """Return the ranks and the first row that is no word, or -1."""
+        codes = torch.empty(len(words), self.nbytes, dtype=torch.uint8, device=words.device)
         tables = self._on(words.device)
         span = words.long() - self._lowest
         inside = (span >= 0) & (span < len(tables.places))
@@ -168,17 +207,20 @@ class Ranking:
             state = torch.where(bad, 0, state)
         bad |= ~tables.accepting[state]
         if bool(bad.any()):
-            raise InputError(f"row {start + int(bad.int().argmax())} is no point of the code")
+            return codes, int(bad.int().argmax())
         carry = torch.zeros_like(digits[0])
         for w, digit in enumerate(digits):
             total = digit + carry
             carry = total >> WORD
             for i, byte in enumerate(self._bytes_of(w)):
                 codes[:, byte] = ((total >> (8 * i)) & 255).to(torch.uint8)
+        return codes, -1
 
-    def _unrank(self, codes: Tensor, words: Tensor, start: int) -> None:
+    def _unrank(self, codes: Tensor) -> tuple[Tensor, int]:
+        """Return the words and the first row that is too large, or -1."""
         device = codes.device
         tables = self._on(device)
+        words = torch.empty(len(codes), tables.before.shape[1], dtype=torch.int8, device=device)
         single = len(tables.before) == 1
         digits = []
         for w in range(len(tables.before)):
@@ -189,10 +231,7 @@ class Ranking:
         if self._end:
             beyond = _at_least(digits, [torch.full_like(digits[0], word) for word in self._end])
             if bool(beyond.any()):
-                raise InputError(
-                    f"code {start + int(beyond.int().argmax())} is not below {self.size}: it was "
-                    "damaged, or written for another code"
-                )
+                return words, int(beyond.int().argmax())
         following, width = tables.following.flatten(), tables.following.shape[1]
         state = torch.zeros_like(digits[0])
         for i in range(words.shape[1]):
@@ -214,11 +253,24 @@ class Ranking:
                     digits[w] = difference + (borrow << WORD)
             words[:, i] = tables.letters[place % width]
             state = following[place]
+        return words, -1
 
 
 def _word(number: int, w: int, words: int) -> int:
     """Return one of the integers that stand for a number."""
     return number + HALF if words == 1 else (number >> (WORD * w)) & ((1 << WORD) - 1)
+
+
+def _limbs(before: Tensor, bits: int) -> NDArray[np.uint64]:
+    """Return numbers in the integers of `_word` (words, ...) as limbs of 64 bits (limbs, ...)."""
+    if len(before) == 1:
+        return before.numpy().view(np.uint64) ^ np.uint64(2**63)
+    limbs = -(-bits // 64)
+    pieces = before.movedim(0, -1).contiguous().view(torch.uint8)  # the lowest byte first
+    used = pieces.view(*before.shape[1:], len(before), 8)[..., : WORD // 8].flatten(-2)
+    filled = torch.nn.functional.pad(used, (0, max(8 * limbs - used.shape[-1], 0)))
+    whole = filled[..., : 8 * limbs].contiguous().view(torch.int64)
+    return whole.movedim(-1, 0).contiguous().numpy().view(np.uint64)
 
 
 def _at_least(digits: list[Tensor], others: list[Tensor]) -> Tensor:

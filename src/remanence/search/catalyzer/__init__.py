@@ -1,0 +1,1 @@
+"""Maps to the sphere that make a fixed code fit the data (arXiv 1806.03198)."""
