@@ -84,9 +84,20 @@ def describe(patches: Tensor) -> dict[str, Tensor]:
             found[name] = torch.cat([peer(c[:, None]) for c in torch.split(patches, 256)]).clone()
     # What kornia's own option rootsift does last.
     found["kornia RootSIFT"] = normalize(found["kornia SIFT"], p=1, dim=1).sqrt()
+    found["OpenCV RootSIFT"] = opencv_rootsift(patches)
     small = interpolate(patches[:, None], (16, 16), mode="area").flatten(1)
     found["16 x 16 pixels"] = normalize(small - small.mean(dim=1, keepdim=True), dim=1)
     return found
+
+
+def opencv_rootsift(patches: Tensor) -> Tensor:
+    """RootSIFT of OpenCV, its window laid over the whole patch, with the blur of its pyramid."""
+    sift = cv2.SIFT_create()
+    # The window is 12 sigmas wide, and OpenCV's size is two.
+    place = [cv2.KeyPoint((SIZE - 1) / 2, (SIZE - 1) / 2, SIZE / 6, 0, 1, 0)]
+    levels = (255 * patches).round().to(torch.uint8).numpy()
+    vectors = np.concatenate([sift.compute(patch, place)[1] for patch in levels])
+    return normalize(torch.from_numpy(vectors).clamp_min(0), p=1, dim=1).sqrt()
 
 
 def learn(sequences: list[tuple[Tensor, Tensor]]) -> Moments:
@@ -153,6 +164,7 @@ def measure(groups: dict[str, PatchGroups], resampled: Tensor) -> dict[str, np.n
     }
     learned = [(key, kind) for key in ("polar", "cartesian", "concat") for kind in KINDS]
     learned += [("kornia MKD", "pcaws"), ("kornia RootSIFT", "pcawt"), ("kornia RootSIFT", "lws")]
+    learned += [("OpenCV RootSIFT", kind) for kind in ("pcawt", "pcaws", "lws")]
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for name, group in groups.items():
         others = [other for other in groups if other != name]

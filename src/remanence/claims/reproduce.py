@@ -29,6 +29,8 @@ CLAIMS = {
     "fixres": "remanence.claims.fixres:fixres_claim",
     "fixefficientnet": "remanence.claims.fixres:fixefficientnet_claim",
     "compress": "remanence.claims.compress:compress_claim",
+    "spreading": "remanence.claims.spreading:spreading_claim",
+    "kernel-descriptor": "remanence.claims.kernel_descriptor:kernel_descriptor_claim",
     "membership": "remanence.claims.membership:membership_claim",
     "dejavu": "remanence.claims.dejavu:dejavu_claim",
     "radioactive": "remanence.claims.radioactive:radioactive_claim",
