@@ -1,0 +1,1 @@
+"""Speech: waveforms augmented, representations learned from them, and measured."""

@@ -1,0 +1,1 @@
+"""Augmentation of waveforms in the time domain, batched (arXiv 2007.00991)."""

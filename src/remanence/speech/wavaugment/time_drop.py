@@ -1,0 +1,71 @@
+"""Time dropping: stretches of a wave are silenced."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from remanence.errors import InputError
+from remanence.speech.wavaugment.waves import as_waves
+
+
+def time_drop(
+    wave: Tensor,
+    starts: Tensor | int,
+    durations: Tensor | int,
+    *,
+    edge: int = 0,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Silence stretches, in all channels together.
+
+    Args:
+        wave: floats (T,), (C, T) or (B, C, T).
+        starts: first silent samples, integers 0 or more: a number, (B,), or (B, K) for K stretches.
+        durations: samples that are silent, of the same shape; 0 drops nothing.
+        edge: samples of a raised-cosine slope before and after each stretch.
+        lengths: valid samples of each row, (B,).
+
+    Returns:
+        The wave's shape, dtype and device. Differentiable in the wave.
+
+    Raises:
+        InputError: starts or durations that are negative, fractional or of another shape.
+    """
+    waves = as_waves(wave, lengths)
+    batch, _, time = waves.wave.shape
+    first, count = (
+        _whole(name, value, batch) for name, value in (("starts", starts), ("durations", durations))
+    )
+    if first.shape != count.shape:
+        raise InputError(
+            f"starts are {tuple(first.shape)} and durations {tuple(count.shape)}: give one of each"
+        )
+    if edge < 0:
+        raise InputError(f"edge {edge} is negative: give samples, 0 for none")
+    clock = torch.arange(time, device=wave.device)
+    gain = torch.ones(batch, time, dtype=wave.dtype, device=wave.device)
+    for begin, span in zip(first.to(wave.device).T, count.to(wave.device).T, strict=True):
+        end = (begin + span)[:, None]
+        away = torch.maximum(begin[:, None] - clock, clock - end + 1).clamp(0, edge + 1)
+        slope = 0.5 - 0.5 * torch.cos(math.pi / (edge + 1) * away)
+        gain = torch.where(span[:, None] > 0, gain * slope.to(gain.dtype), gain)
+    return waves.restore(waves.wave * gain[:, None])
+
+
+def _whole(name: str, value: Tensor | int, batch: int) -> Tensor:
+    """(B, K) int64."""
+    whole = torch.as_tensor(value)
+    if whole.ndim < 2:
+        whole = whole.reshape(-1, 1)
+        whole = whole.expand(batch, 1) if len(whole) == 1 else whole
+    if (
+        whole.is_floating_point()
+        or whole.ndim != 2
+        or len(whole) != batch
+        or bool((whole < 0).any())
+    ):
+        raise InputError(f"{name} must be whole samples, 0 or more, ({batch},) or ({batch}, K)")
+    return whole.long()

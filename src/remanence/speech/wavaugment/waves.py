@@ -1,0 +1,179 @@
+"""What the effects share: one batched shape, one value an example, valid lengths, long filters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from scipy.fft import next_fast_len
+from torch import Tensor
+
+from remanence.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+# Values of a chunk: on a CPU it should stay in cache, on a GPU it should fill the machine.
+CHUNK_VALUES = {"cpu": 2**17, "cuda": 2**24}
+
+
+@dataclass(frozen=True)
+class Waves:
+    """A checked batch.
+
+    Attributes:
+        wave: (B, C, T) floats, zero past each row's length.
+        lengths: (B,) int64 on the wave's device, T where none were given.
+        shape: what came in, (T,), (C, T) or (B, C, T).
+        ragged: whether lengths were given.
+    """
+
+    wave: Tensor
+    lengths: Tensor
+    shape: tuple[int, ...]
+    ragged: bool
+
+    def valid(self) -> Tensor:
+        """Which samples count: (B, 1, T) bool."""
+        time = torch.arange(self.wave.shape[-1], device=self.wave.device)
+        return (time < self.lengths[:, None])[:, None]
+
+    def restore(self, out: Tensor) -> Tensor:
+        """An effect's output (B, C, T), zeroed past the lengths, in the shape and dtype given."""
+        if self.ragged:
+            out = out.masked_fill(~self.valid(), 0)
+        return out.reshape(self.shape).to(self.wave.dtype)
+
+
+def as_waves(wave: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Waves:
+    """Check a wave of any of the three shapes and batch it.
+
+    Args:
+        wave: float tensor (T,), (C, T) or (B, C, T), full scale 1.
+        lengths: valid samples of each row, (B,) integers; all T where None. Samples past a row's
+            length take no part in any effect and come back as 0.
+
+    Returns:
+        The batch (B, C, T).
+
+    Raises:
+        InputError: another dtype or shape, NaN or infinity, lengths that do not fit.
+    """
+    if not wave.is_floating_point():
+        raise InputError(
+            f"wave holds {wave.dtype}: give floats, full scale 1 (16-bit samples divided by 32768)"
+        )
+    if not 1 <= wave.ndim <= 3 or wave.numel() == 0:
+        raise InputError(
+            f"wave has shape {tuple(wave.shape)}: give (T,), (C, T) or (B, C, T), nothing empty"
+        )
+    rows = wave.reshape(-1, *wave.shape[-2:]) if wave.ndim > 1 else wave.reshape(1, 1, -1)
+    batch, time = rows.shape[0], rows.shape[-1]
+    whole = torch.full((batch,), time, device=wave.device)
+    ends = whole if lengths is None else _checked_lengths(lengths, batch, time).to(wave.device)
+    waves = Waves(rows, ends, tuple(wave.shape), lengths is not None)
+    if waves.ragged:
+        waves = Waves(rows.masked_fill(~waves.valid(), 0), ends, waves.shape, ragged=True)
+    if not bool(waves.wave.isfinite().all()):
+        raise InputError("wave holds NaN or infinity: drop or repair those samples")
+    return waves
+
+
+def _checked_lengths(lengths: Tensor | Sequence[int], batch: int, time: int) -> Tensor:
+    ends = torch.as_tensor(lengths)
+    if ends.is_floating_point() or ends.dtype == torch.bool or ends.shape != (batch,):
+        raise InputError(
+            f"lengths are {ends.dtype} of shape {tuple(ends.shape)}: give {batch} integers"
+        )
+    if bool((ends < 0).any()) or bool((ends > time).any()):
+        raise InputError(f"lengths lie outside 0..{time}: give each row's number of valid samples")
+    return ends.long()
+
+
+def per_example(
+    name: str,
+    value: float | Tensor,
+    batch: int,
+    device: torch.device,
+    *,
+    low: float = float("-inf"),
+    high: float = float("inf"),
+) -> Tensor:
+    """One finite value an example.
+
+    Args:
+        name: of the parameter, for errors.
+        value: a number, or (B,) numbers.
+        batch: B.
+        device: of the result.
+        low: least allowed.
+        high: largest allowed.
+
+    Returns:
+        (B,) float64.
+
+    Raises:
+        InputError: a wrong number of values, or one that is not finite or out of range.
+    """
+    values = torch.as_tensor(value, dtype=torch.float64)
+    if values.ndim and values.shape != (batch,):
+        raise InputError(
+            f"{name} has shape {tuple(values.shape)}: give one number, or one for each of the"
+            f" {batch} examples"
+        )
+    if not bool((values.isfinite() & (values >= low) & (values <= high)).all()):
+        raise InputError(f"{name} lies outside {low:g}..{high:g}: give finite values within")
+    return values.to(device).expand(batch)
+
+
+def check_rate(sample_rate: float) -> None:
+    """Raise InputError unless a sample rate is a positive number."""
+    if not 0 < sample_rate < float("inf"):
+        raise InputError(f"sample_rate {sample_rate} is not a rate: give samples a second")
+
+
+def fast_length(time: int) -> int:
+    """The least length from `time` on whose FFT is fast; even."""
+    length = int(next_fast_len(time, real=True))
+    return length if length % 2 == 0 else fast_length(length + 1)
+
+
+def in_chunks(rows: int, values_a_row: int, device: torch.device) -> list[slice]:
+    """Slices over `rows` that bound a chunk's values on `device`, at least one row each."""
+    step = max(1, CHUNK_VALUES.get(device.type, CHUNK_VALUES["cpu"]) // max(values_a_row, 1))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def chunked(
+    rows: int, values_a_row: int, device: torch.device, of: Callable[[slice], Tensor]
+) -> Tensor:
+    """Concatenate `of(slice)` over such slices."""
+    return torch.cat([of(part) for part in in_chunks(rows, values_a_row, device)])
+
+
+def fir(wave: Tensor, taps: Tensor, delay: Tensor | int) -> Tensor:
+    """Filter rows by their own taps and take the filters' delays out again.
+
+    Args:
+        wave: (B, C, T) floats.
+        taps: (B or 1, C or 1, K) float64.
+        delay: samples by which the output is moved back, 0..K-1; a number or (B,).
+
+    Returns:
+        (B, C, T) float64: sum over k of taps[k] wave[t + delay - k]. Differentiable in both.
+    """
+    batch, _, time = wave.shape
+    length = fast_length(time + taps.shape[-1] - 1)
+    delays = torch.as_tensor(delay, device=wave.device).expand(batch)
+    steps = torch.arange(time, device=wave.device)
+
+    def filtered(part: slice) -> Tensor:
+        own = taps if len(taps) == 1 else taps[part]
+        spectrum = torch.fft.rfft(wave[part].double(), length) * torch.fft.rfft(own, length)
+        full = torch.fft.irfft(spectrum, length)
+        index = (steps + delays[part, None])[:, None].expand(-1, full.shape[1], -1)
+        out: Tensor = full.gather(-1, index)
+        return out
+
+    return chunked(batch, wave.shape[1] * length, wave.device, filtered)

@@ -1,0 +1,103 @@
+"""WavAugment's EffectChain: its names on our effects, and the sox program's output."""
+
+import itertools
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from remanence.errors import InputError
+from remanence.speech.wavaugment.band_reject import band_reject
+from remanence.speech.wavaugment.pitch import pitch_shift
+from remanence.speech.wavaugment.shim import EffectChain
+
+RATE = 16000
+SOX = shutil.which("sox") or "sox"
+needs_sox = pytest.mark.skipif(shutil.which("sox") is None, reason="the sox program is not here")
+
+
+def wave(channels: int = 1) -> torch.Tensor:
+    return torch.randn(channels, 8000, generator=torch.Generator().manual_seed(0)) * 0.05
+
+
+def test_a_published_chain_draws_anew_at_each_application() -> None:
+    cents, rooms = itertools.cycle([0, 100]), itertools.cycle([0, 90])
+    chain = (
+        EffectChain()
+        .pitch("-q", lambda: next(cents))
+        .rate("-q", RATE)
+        .reverb(50, 50, lambda: next(rooms))
+        .channels()
+        .dither()
+        .time_dropout(max_seconds=0.1)
+    )
+    x = wave()
+    first, second = (chain.apply(x, {"rate": RATE}, {"rate": RATE}) for _ in range(2))
+    assert first.shape == second.shape == x.shape
+    assert not torch.equal(first, second)
+
+
+@needs_sox
+def test_pitch_rate_reverb_and_channels_equal_the_sox_program() -> None:
+    x = (wave().double() * 2**31).round() / 2**31
+    ours = (
+        EffectChain()
+        .pitch("-q", 100)
+        .rate("-q", RATE)
+        .reverb("-w", 40, 60, 70)
+        .channels(1)
+        .apply(x, {"rate": RATE})
+    )
+    kind = ["-t", "raw", "-r", str(RATE), "-e", "signed", "-b", "32", "-c", "1"]
+    effects = ["pitch", "-q", "100", "rate", "-q", "16000"]
+    room = ["reverb", "-w", "40", "60", "70", "channels", "1"]
+    done = subprocess.run(
+        [SOX, "-D", *kind, "-", *kind, "-", *effects, *room],
+        input=(x[0].numpy() * 2**31).astype("<i4").tobytes(),
+        capture_output=True,
+        check=True,
+    )
+    theirs = np.frombuffer(done.stdout, "<i4")[:8000] / 2**31
+    # The clip's last millisecond hangs on how each side ends it.
+    error = (ours[0].numpy()[: len(theirs)] - theirs)[:-100]
+    assert 10 * np.log10((theirs[:-100] ** 2).sum() / (error**2).sum()) > 100
+
+
+def test_effects_are_the_functions_of_their_names() -> None:
+    x = wave(2)
+    info = {"rate": RATE}
+    pitched = EffectChain().pitch(50).rate(RATE).apply(x, info)
+    assert torch.equal(pitched, pitch_shift(x, RATE, 50))
+    rejected = EffectChain().sinc("-a", "120", lambda: "900-300").apply(x, info)
+    assert torch.equal(rejected, band_reject(x, RATE, 300, 900))
+    noise = torch.ones(8000)
+    noisy = EffectChain().additive_noise(lambda: noise, snr=0).apply(x, info)
+    torch.testing.assert_close(noisy, (x + 1) / 2)
+    clipped = EffectChain().clip(lambda: 0.5).apply(x, info)
+    torch.testing.assert_close(clipped.max(), x.max() / 2)
+    assert EffectChain().norm(-6).apply(x, info).abs().max().item() == pytest.approx(0.501187)
+    torch.testing.assert_close(EffectChain().gain(20).apply(x, info), 10 * x)
+    assert EffectChain().reverb().apply(x[:1], info).shape == (2, 8000)
+    assert EffectChain().rate(8000).apply(x, info).shape == (2, 4000)
+    assert EffectChain().tempo(2).apply(x, info).shape == (2, 4000)
+    assert EffectChain().speed(2).apply(x, info).shape == (2, 4000)
+    dropped = EffectChain().time_dropout(max_frames=20_000).apply(x, info)
+    assert ((dropped == x) | (dropped == 0)).all()
+
+
+def test_wrong_calls_are_named() -> None:
+    x = wave()
+    with pytest.raises(InputError, match="'rate'"):
+        EffectChain().apply(x, {})
+    with pytest.raises(InputError, match="one clip"):
+        EffectChain().apply(x[None], {"rate": RATE})
+    with pytest.raises(InputError, match="pitch takes 1 to 1"):
+        EffectChain().pitch().apply(x, {"rate": RATE})
+    with pytest.raises(InputError, match="'loud'"):
+        EffectChain().gain("loud").apply(x, {"rate": RATE})
+    with pytest.raises(InputError, match="high-low"):
+        EffectChain().sinc("900").apply(x, {"rate": RATE})
+    with pytest.raises(InputError, match="either"):
+        EffectChain().time_dropout()
