@@ -64,6 +64,7 @@ def model(runs):
     catalyzer.eval().save(runs / "model" / "catalyzer.safetensors")
     (runs / "model" / "codes.json").write_text(json.dumps({"2": describe(CODE)}))
     (runs / "model" / "results.json").write_text(json.dumps({"n_train": 321}))
+    (runs / "model" / "run.json").write_text(json.dumps({"seconds": 12.5}))
     return runs / "model"
 
 
@@ -120,7 +121,7 @@ def test_bytes_are_those_stored_and_training_is_told(done):
         if row.family == "catalyzer":
             # the lattice's 16 bits fill two bytes; a code takes its bits and no more
             assert row.stored == pytest.approx(CODE.bits / 8, abs=0.001)
-            assert row.train_seconds is None
+            assert row.train_seconds == 12.5
         elif row.family is not None:
             assert row.stored == row.nbytes
             assert row.train_seconds > 0
@@ -312,6 +313,35 @@ def test_the_advice_follows_the_figures(ours, words):
     found = compare([opq, row("catalyzer + lattice", "catalyzer", ours)], 96)
     assert words in found["advice"]
     assert "no catalyzer" in compare([opq], 96)["advice"]
+
+
+def test_where_most_is_found_among_ten_the_first_counts():
+    ours, theirs = ([0] * n + [5] * (950 - n) + [99] * 50 for n in (500, 420))
+    theirs[-50:-48] = [5, 5]
+    rows = [row("OPQ", "opq", theirs), row("catalyzer + lattice", "catalyzer", ours)]
+    found = compare(rows, 128)
+    assert found["rank"] == 1
+    assert (found["best"], found["reference"]) == ("catalyzer + lattice", "OPQ")
+    assert "recall@1 is 8.0 points above that of OPQ" in found["advice"]
+    low = [row("OPQ", "opq", [0] * 10 + [5] * 800 + [99] * 190)]
+    assert compare(low, 128)["rank"] == 10
+    assert "recall@10, 81.0%" in compare(low, 128)["advice"]
+
+
+def test_a_bug_is_no_method_that_was_not_run(given, runs, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(bench_methods, "run_rival", broken)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        bench(**given, out=runs / "bug", nbytes=[2], against=["pq"])
+
+
+def test_a_method_that_wants_more_vectors_is_told(done):
+    notes = {(r.nbytes, r.name): r.note for r in done.rows if r.note}
+    assert list(notes) == [(1, "LSQ"), (2, "LSQ")]
+    assert "it wants 5,120 or more" in notes[2, "LSQ"]
+    assert notes[2, "LSQ"] in (done.out / "report.html").read_text()
 
 
 def test_a_miss_is_a_rank_beyond_the_list():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from remanence.errors import InputError
+from remanence.search import heldout
 from remanence.search.catalyzer.training import Settings
 from remanence.search.choice import (
     Comparison,
@@ -14,13 +15,13 @@ from remanence.search.choice import (
     advise,
     best_trial,
     code_for_bytes,
-    code_from,
     new_catalyzer,
     shortened,
+    trial_rank,
     tune,
 )
-from remanence.search.heldout import HeldOut, Score, score, split
-from remanence.search.index.file import describe
+from remanence.search.heldout import HeldOut, Score, score, split, telling_rank
+from remanence.search.index.file import code_from, describe
 from remanence.search.lattice.sphere import SphereLattice
 
 
@@ -77,7 +78,7 @@ def test_gosset_shells_are_the_largest_that_fit():
         ((1, "lattice", 200), r"1 bytes in dimension 200: give dimension 64 \(r2 1\), 56"),
         ((8, "sign", 24), "dimension 64, not 24"),
         ((2, "e8", 24), "dimension 8, not 24"),
-        ((5, "e8"), "1 to 4 bytes, not 5"),
+        ((4, "e8"), "1 to 3 bytes, not 4"),
         ((8, "opq"), "one of lattice, sign, e8"),
     ],
 )
@@ -90,7 +91,7 @@ def test_what_there_is_no_code_for_is_refused(arguments, words):
 @pytest.mark.parametrize(("nbytes", "kind"), [(4, "lattice"), (4, "sign"), (2, "e8")])
 def test_a_code_comes_back_from_its_parameters(nbytes, kind):
     code = code_for_bytes(nbytes, kind)
-    plain = json.loads(json.dumps(describe(code) | {"nbytes": nbytes}))
+    plain = json.loads(json.dumps(describe(code)))
     again = code_from(plain)
     assert type(again) is type(code)
     assert (again.dim, again.r2, again.nv) == (code.dim, code.r2, code.nv)
@@ -104,6 +105,7 @@ def test_a_code_comes_back_from_its_parameters(nbytes, kind):
         {"kind": "SphereLattice", "dim": "8", "r2": 1},
         {"kind": "SignCode", "dim": 8, "r2": 1},
         {"kind": "E8Shell", "dim": 16, "r2": 8},
+        {"kind": "SphereLattice", "dim": 8, "r2": 7, "nbytes": 2},
     ],
 )
 def test_parameters_of_no_code_are_refused(plain):
@@ -114,27 +116,59 @@ def test_parameters_of_no_code_are_refused(plain):
 # Held-out vectors
 
 
+def rows_of(part):
+    return part[:, 0].int().tolist()
+
+
 def test_the_split_shares_nothing():
+    """But for a base, which has what is learned from."""
     vectors = torch.arange(3000.0).view(1500, 2)
     train, choosing, reporting = split(vectors, 0.2, seed=3)
-    parts = [train, choosing.base, choosing.queries, reporting.queries]
-    assert [len(part) for part in parts] == [1200, 200, 50, 50]
-    assert torch.equal(choosing.base, reporting.base)
-    rows = torch.cat(parts)[:, 0]
-    assert torch.equal(rows.sort().values, vectors[:, 0])
+    assert [len(part) for part in (train, choosing.queries, reporting.queries)] == [1200, 100, 100]
+    asked = rows_of(choosing.queries) + rows_of(reporting.queries)
+    assert len(set(asked)) == 200
+    assert not set(asked) & set(rows_of(train))
+    for held_out in (choosing, reporting):
+        base = rows_of(held_out.base)
+        assert sorted(base + asked) == rows_of(vectors)  # once each: no query is in a base
+        assert set(rows_of(train)) < set(base)
+        assert held_out.learned == 1200
+        gaps = torch.cdist(held_out.queries.double(), held_out.base.double())
+        assert torch.equal(gaps.argmin(1), torch.from_numpy(held_out.truth))
     assert torch.equal(train[:, 0], train[:, 0].sort().values)
     again, _, _ = split(vectors, 0.2, seed=3)
     other, _, _ = split(vectors, 0.2, seed=4)
     assert torch.equal(train, again)
     assert not torch.equal(train, other)
-    assert len(split(vectors, 0.2, most=7)[1].queries) == 7
+    assert len(split(vectors, 0.2, most=27)[1].queries) == 27
 
 
-def test_a_base_too_small_is_refused():
-    with pytest.raises(InputError, match=r"leaves 68 to search among: .* at least 0.15"):
-        split(torch.rand(1000, 2), 0.1)
+def test_bases_are_bounded_and_what_was_not_learned_from_comes_first(monkeypatch):
+    monkeypatch.setattr(heldout, "CHOOSING", 120)
+    monkeypatch.setattr(heldout, "REPORTING", 700)
+    vectors = torch.rand(1500, 2, generator=torch.Generator().manual_seed(0))
+    train, choosing, reporting = split(vectors, 0.3)  # 450: 150 and 150 queries, 150 are left
+    learned = {tuple(row) for row in train.tolist()}
+    for held_out, size, number in ((choosing, 120, 0), (reporting, 700, 550)):
+        base = [tuple(row) for row in held_out.base.tolist()]
+        assert len(base) == size
+        assert len(learned.intersection(base)) == held_out.learned == number
+        assert not {tuple(row) for row in held_out.queries.tolist()} & set(base)
+        places = [at for at, row in enumerate(base) if row in learned]
+        if number:  # mixed, so that ties favour neither
+            assert 250 < sum(places) / number < 450
+            assert places[0] < 10
+
+
+def test_too_few_queries_or_too_small_a_base_are_refused():
+    with pytest.raises(InputError, match=r"leaves 23 queries: .* at least 0.075"):
+        split(torch.rand(1000, 2), 0.07)
     with pytest.raises(InputError, match="99 vectors to search among"):
         HeldOut.of(torch.rand(99, 2), torch.rand(3, 2))
+
+
+def test_the_rank_that_tells():
+    assert [telling_rank(best) for best in (0.0, 0.5, 0.899, 0.9, 1.0)] == [10, 10, 10, 1, 1]
 
 
 def test_scores_are_those_of_brute_force_and_of_the_inputs_truth():
@@ -214,6 +248,18 @@ def test_the_best_is_by_recall_at_10_in_codes_not_in_floats():
     assert best_trial(low) == 1  # by recall@1
     nested = [trial([0, 0], [0.1, 0.7]), trial([0, 0], [0.5, 0.5])]
     assert best_trial(nested) == 1
+    assert trial_rank(rows) == 10
+
+
+def test_where_recall_at_10_is_saturated_the_best_is_by_recall_at_1():
+    def trial(first, tenth):
+        return Trial(0.01, 0.0, 0.0, (Score(8, 2, 1, (1, 1, 1), (first, tenth, 1)),))
+
+    rows = [trial(0.5, 0.953), trial(0.6, 0.951), trial(0.61, 0.6)]
+    assert (trial_rank(rows), best_trial(rows)) == (1, 2)
+    assert best_trial(rows[:2]) == 1
+    assert best_trial([trial(0.5, 0.899), trial(0.6, 0.898)]) == 0
+    assert best_trial([trial(0.5, 0.93), trial(0.5, 0.94)]) == 1  # equal at 1: by recall@10
 
 
 def test_short_trainings_are_short_but_not_too_small():
@@ -242,7 +288,7 @@ def test_weights_come_from_the_seed_alone():
 
 
 def told(*rows, **changes):
-    facts = {"nbytes": 8, "queries": 4000, "trained_on": 10**6, "in_dim": 128} | changes
+    facts = {"rank": 10, "nbytes": 8, "queries": 4000, "trained_on": 10**6, "in_dim": 128} | changes
     return advise(rows, **facts)
 
 
@@ -257,6 +303,16 @@ def test_ours_is_advised_where_it_beats_all():
     assert "3.0 points above that of OPQ to 32 (95 % interval +2.0 to +4.0)" in advice.sentence
     assert "training vectors" not in advice.sentence
     assert "scalar" not in advice.sentence
+
+
+def test_the_sentence_names_the_rank():
+    for row in (OPQ, LSQ, TIE):
+        assert "recall@10" in told(row).sentence
+        for rank in (1, 100):
+            sentence = told(row, rank=rank).sentence
+            assert f"recall@{rank} " in sentence or f"recall@{rank}:" in sentence
+            assert "recall@10 " not in sentence
+            assert "recall@10:" not in sentence
 
 
 def test_the_best_rival_is_advised_where_one_is_better():

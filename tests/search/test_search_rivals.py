@@ -8,10 +8,11 @@ from safetensors.torch import save_file
 from sklearn.decomposition import PCA
 
 from remanence.errors import InputError
+from remanence.search import rivals as rivals_file
 from remanence.search.catalyzer.linear import PcaTransform
 from remanence.search.exact import exact_neighbours, recall_at
 from remanence.search.lattice.sphere import SphereLattice
-from remanence.search.rivals import Rival, rivals, run_rival
+from remanence.search.rivals import Rival, caveat, rivals, run_rival
 
 DIM, B = 32, 4
 KEYS = [
@@ -188,6 +189,34 @@ def test_bad_input_is_refused():
     ]:
         with pytest.raises(InputError, match=words):
             run_rival(key, *arguments, threads=1)
+
+
+def test_what_faiss_refuses_is_a_line_and_what_breaks_otherwise_is_not(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(rivals_file, "CENTROIDS", 1)
+    with pytest.raises(InputError, match=r"PQ4: faiss refuses: .*points \(100\)") as error:
+        run_rival("PQ4", TRAIN[:100], BASE, QUERIES, 5, threads=1)
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(rivals_file, "_search_decoded", broken)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        run_rival("PCA16,lattice21", TRAIN, BASE, QUERIES, 5, threads=1)
+
+
+def test_lsq_from_few_vectors_is_told():
+    """And is as bad as told, for want of vectors alone: by heart it knows those it learned from."""
+    assert "of 4 bytes learns 10,239 vectors by heart" in caveat("LSQ4x8", 10_239)
+    assert caveat("LSQ4x8", 10_240) == caveat("RQ4x8", 300) == caveat("PQ4", 300) == ""
+    learn, base = (
+        np.random.default_rng(seed).normal(size=(600, 8)).astype("f4") for seed in (0, 1)
+    )
+    index = faiss.index_factory(8, "LSQ2x8")
+    index.train(learn)
+    errors = {}
+    for name, x in (("learn", learn), ("base", base)):
+        errors[name] = np.square(index.sa_decode(index.sa_encode(x)) - x).sum(1).mean()
+    assert errors["base"] > 1.5 * errors["learn"]
 
 
 # The linear map

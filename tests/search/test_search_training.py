@@ -142,6 +142,28 @@ def test_the_negative_is_of_exactly_that_rank_among_others(epochs: int) -> None:
         assert torch.allclose(real, gaps[:, 19], atol=1e-5)
 
 
+def test_mining_embeds_every_vector_once_for_all_dimensions() -> None:
+    trained = training()
+    rows = []
+    trained.catalyzer.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    trained.negatives(torch.Generator())
+    assert sum(rows) == N
+
+
+def test_neighbours_are_those_of_brute_force_whatever_the_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("remanence.search.catalyzer.training.ROWS", 77)
+    trained, told = training(), []
+    trained.find_neighbours(told.append)
+    assert told == 7 * [77] + [61]
+    trained.find_neighbours(told.append)  # found once
+    assert sum(told) == N
+    near = gaps_to_others(trained.vectors, trained.vectors).argsort(dim=1)[:, :10]
+    assert trained.neighbours is not None
+    assert (trained.neighbours == near).float().mean() > 0.99
+
+
 def test_a_pool_has_its_rank_in_proportion() -> None:
     trained = training(replace(QUICK, pool=150), dims=(8,))
     found = [trained.negatives(torch.Generator().manual_seed(seed))[:, 0] for seed in range(2)]
@@ -530,7 +552,8 @@ record = {"own": training.own, "gathered": [], "alone": [], "anchors": [], "epoc
 number = {row.numpy().tobytes(): i for i, row in enumerate(x)}
 mine = training.negatives
 def negatives(generator):
-    record["gathered"].append([training._embed_all(dim) for dim in (4, 8)])
+    out = training._embed_all()
+    record["gathered"].append([training.catalyzer.unit(out, dim) for dim in (4, 8)])
     record["alone"].append([training.catalyzer.at(dim).embed(x) for dim in (4, 8)])
     found = mine(generator)
     record.setdefault("negatives", found)

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from remanence.errors import InputError
 from remanence.search.catalyzer.network import Catalyzer
 from remanence.search.catalyzer.training import Settings, Training
-from remanence.search.heldout import HeldOut, Score, merit, score
-from remanence.search.index.file import describe
+from remanence.search.heldout import HeldOut, Score, mean_recall, merit, score, telling_rank
 from remanence.search.lattice.counting import LARGEST, radius_for_bits, shell_sizes
 from remanence.search.lattice.gosset import E8Shell
 from remanence.search.lattice.leaders import MOST, leader_count
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 Kind = Literal["lattice", "sign", "e8"]
 BITS = 2.6  # a dimension: with more, dimensions are too few; with less, rounding is too coarse
 FEW = 50_000  # training vectors from which the method is worth its training
+E8_BYTES = 3  # of a shell of E8, at most: with 4, a search would look at too many leaders
 SHORT = 50_000  # training vectors of a short training, at most
 
 
@@ -55,27 +55,6 @@ def code_for_bytes(nbytes: int, kind: Kind = "lattice", dim: int | None = None) 
     if dim not in {None, fixed}:
         raise InputError(f"{kind} codes of {nbytes} bytes have dimension {fixed}, not {dim}")
     return SignCode(fixed) if kind == "sign" else _gosset(nbytes)
-
-
-def code_from(described: Mapping[str, Any]) -> SphericalCode:
-    """Return the code that `index.file.describe` described; other keys are passed over.
-
-    Raises:
-        InputError: It describes none.
-    """
-    wanted = {name: described.get(name) for name in ("kind", "dim", "r2")}
-    dim, r2 = wanted["dim"], wanted["r2"]
-    code: SphericalCode | None = None
-    if type(dim) is int and type(r2) is int:
-        if wanted["kind"] == "SphereLattice":
-            code = SphereLattice(dim, r2)
-        elif wanted["kind"] == "E8Shell":
-            code = E8Shell(r2 // 8)
-        elif wanted["kind"] == "SignCode":
-            code = SignCode(dim)
-    if code is None or describe(code) != wanted:
-        raise InputError(f"{wanted} describes no code: give what `describe` gave")
-    return code
 
 
 @dataclass(frozen=True)
@@ -156,9 +135,15 @@ def tune(
         yield found[0]
 
 
+def trial_rank(trials: Sequence[Trial]) -> int:
+    """Return the R whose recall tells trials apart."""
+    return telling_rank(max(mean_recall(trial.scores, 10) for trial in trials))
+
+
 def best_trial(trials: Sequence[Trial]) -> int:
-    """Return which trial has the most `merit`; of equal ones, the first."""
-    return max(range(len(trials)), key=lambda number: merit(trials[number].scores))
+    """Return which trial has the most `merit`, at the rank that tells; of equal ones, the first."""
+    rank = trial_rank(trials)
+    return max(range(len(trials)), key=lambda number: merit(trials[number].scores, rank))
 
 
 def shortened(settings: Settings, n: int) -> tuple[Settings, int]:
@@ -186,8 +171,8 @@ class Comparison:
 
     Attributes:
         rival: Its name.
-        ours: Our recall@10, 0 to 1.
-        theirs: Its recall@10.
+        ours: Our recall, 0 to 1.
+        theirs: Its recall, at the same rank.
         low: Lower end of the paired interval of ours - theirs; with several rivals, of intervals
             that hold together at 95 %.
         high: Its upper end.
@@ -216,6 +201,7 @@ class Advice:
 def advise(
     rows: Sequence[Comparison],
     *,
+    rank: int,
     nbytes: int,
     queries: int,
     trained_on: int,
@@ -228,6 +214,7 @@ def advise(
 
     Args:
         rows: The comparisons; none where nothing was compared.
+        rank: R of the recall that is compared.
         nbytes: Bytes of a code.
         queries: Queries that they rest on.
         trained_on: Training vectors.
@@ -242,7 +229,7 @@ def advise(
         best = max(better, key=lambda row: row.theirs)
         choice = best.rival
         said = (
-            f"Use {best.rival} {at}: its recall@10 is {_points(best.theirs - best.ours)} above "
+            f"Use {best.rival} {at}: its recall@{rank} is {_points(best.theirs - best.ours)} above "
             f"that of {method} (95 % interval {_points(-best.high)} to {_points(-best.low)})"
         )
     else:
@@ -251,14 +238,14 @@ def advise(
         if all(row.low > 0 for row in rows):
             choice = method
             said = (
-                f"Use {method} {at}: its recall@10 is {_points(best.ours - best.theirs)} above "
+                f"Use {method} {at}: its recall@{rank} is {_points(best.ours - best.theirs)} above "
                 f"that of {best.rival} (95 % interval {low} to {high})"
             )
         else:
             choice = "no difference"
             said = (
                 f"These {queries:,} queries show no difference between {method} and {best.rival} "
-                f"{at} (recall@10: {low} to {high} points), and {best.rival} is simpler"
+                f"{at} (recall@{rank}: {low} to {high} points), and {best.rival} is simpler"
             )
     if trained_on < FEW:
         said += (
@@ -305,8 +292,8 @@ def _radius(dim: int, nbytes: int) -> int | None:
 def _gosset(nbytes: int) -> E8Shell:
     sizes = [0, *(240 * _cubes(m) for m in range(1, LARGEST // 8 + 1))]
     m = max(range(1, len(sizes)), key=lambda m: sizes[m] if sizes[m] <= 2 ** (8 * nbytes) else 0)
-    if sizes[m] <= 2 ** (8 * nbytes - 8) or leader_count(8, 8 * m) > MOST:
-        raise InputError(f"e8 codes take 1 to 4 bytes, not {nbytes}: use a lattice")
+    if nbytes > E8_BYTES or sizes[m] <= 2 ** (8 * nbytes - 8):
+        raise InputError(f"e8 codes take 1 to {E8_BYTES} bytes, not {nbytes}: use a lattice")
     return E8Shell(m)
 
 

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from remanence.search.catalyzer.network import Catalyzer, Embedding
+    from remanence.search.catalyzer.network import Catalyzer
+    from remanence.search.index.transform import Transform
     from remanence.search.lattice.code import SphericalCode
 
 RANKS = (1, 10, 100)
+SATURATED = 0.9  # recall@10 from which methods are too much alike in it
+CHOOSING, REPORTING = 30_000, 200_000  # vectors to search among, at most
+QUERIES = 25  # of each set, at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +37,22 @@ class HeldOut:
         queries: Vectors (q, in_dim), float32.
         truth: Number of each query's nearest base vector, by Euclidean distance of the inputs,
             (q,), int64.
+        learned: How many of the base were learned from.
     """
 
     base: Tensor
     queries: Tensor
     truth: NDArray[np.int64]
+    learned: int = 0
 
     @classmethod
-    def of(cls, base: Tensor, queries: Tensor) -> HeldOut:
-        """Find the truth.
+    def of(cls, base: Tensor, queries: Tensor, *, learned: int = 0) -> HeldOut:
+        """Find the truth, exactly.
+
+        Args:
+            base: Vectors (n, in_dim), float32.
+            queries: Vectors (q, in_dim), float32, none of them learned from.
+            learned: How many of the base were learned from.
 
         Raises:
             InputError: The base has fewer than 100 vectors, the dimensions differ, or a row is not
@@ -50,9 +61,9 @@ class HeldOut:
         if len(base) < max(RANKS):
             raise InputError(f"{len(base)} vectors to search among: give at least {max(RANKS)}")
         truth, _ = exact_neighbours(queries.numpy(), base.numpy(), 1)
-        return cls(base, queries, truth[:, 0])
+        return cls(base, queries, truth[:, 0], learned)
 
-    def found(self, embedding: Embedding, code: SphericalCode | None) -> NDArray[np.int64]:
+    def found(self, embedding: Transform, code: SphericalCode | None) -> NDArray[np.int64]:
         """Return the 100 base vectors that a search puts first (q, 100).
 
         Args:
@@ -109,49 +120,70 @@ def score(
     return tuple(scores)
 
 
-def recall_at_10(scores: Sequence[Score]) -> float:
-    """Return what is maximised: recall@10 with the base in codes, the mean over the codes."""
-    return sum(each.quantised[1] for each in scores) / len(scores)
+def telling_rank(best: float) -> int:
+    """Return the R whose recall tells methods apart: 10, or 1 where most is found among ten.
+
+    Among few vectors recall@10 comes close to 1 for whatever is half good.
+
+    Args:
+        best: The best recall@10 of all that is compared.
+    """
+    return 10 if best < SATURATED else 1
 
 
-def merit(scores: Sequence[Score]) -> tuple[float, float]:
-    """Return what orders choices: recall@10 as above, and between equal ones recall@1."""
-    return recall_at_10(scores), sum(each.quantised[0] for each in scores) / len(scores)
+def mean_recall(scores: Sequence[Score], rank: int) -> float:
+    """Return recall@R with the base in codes, the mean over the codes; R is one of `RANKS`."""
+    return sum(each.quantised[RANKS.index(rank)] for each in scores) / len(scores)
+
+
+def merit(scores: Sequence[Score], rank: int) -> tuple[float, float]:
+    """Return what orders choices: mean recall at the rank that tells, then at the other one."""
+    return mean_recall(scores, rank), mean_recall(scores, 1 if rank == 10 else 10)
 
 
 def split(
     vectors: Tensor, share: float, *, most: int = 5000, seed: int = 0
 ) -> tuple[Tensor, HeldOut, HeldOut]:
-    """Hold vectors out: a base, queries to choose by, and queries to report by.
+    """Hold vectors out: queries to choose by, queries to report by, and some to search among.
 
     Whatever is chosen by the first queries looks better on them than it is; the second are looked
-    at once, at the end.
+    at once, at the end. They are searched for among the other vectors that are held out and those
+    to train on, as few vectors are found too easily for methods to differ; what is compared must
+    have learned from the same vectors. A base to choose by has at most 30,000 vectors, that to
+    report by 200,000.
 
     Args:
         vectors: (n, in_dim), float32.
-        share: Share of the vectors to hold out; a sixth of them each become queries.
+        share: Share of the vectors to hold out; a third of them each become queries.
         most: Queries of each of the two sets, at most.
         seed: Of the draw.
 
     Returns:
-        The vectors to train on, in their order, and both sets, with one base.
+        The vectors to train on, in their order, and both sets. No query is trained on or stands in
+        a base.
 
     Raises:
-        InputError: The base has fewer than 100 vectors.
+        InputError: There are fewer than 25 queries, or 100 vectors to search among.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(vectors), generator=generator)
     held = round(share * len(vectors))
-    asked = min(held // 6, most)
-    if held - 2 * asked < max(RANKS):
+    asked = min(held // 3, most)
+    if asked < QUERIES:
         raise InputError(
-            f"a share of {share:.3g} of {len(vectors)} vectors leaves {held - 2 * asked} to search "
-            f"among: give more vectors, or hold out at least {1.5 * max(RANKS) / len(vectors):.2g}"
+            f"a share of {share:.3g} of {len(vectors)} vectors leaves {asked} queries: give more "
+            f"vectors, or hold out at least {3 * QUERIES / len(vectors):.2g}"
         )
-    base = vectors[order[2 * asked : held]]
-    choosing, reporting = (
-        HeldOut.of(base, vectors[order[start : start + asked]]) for start in (0, asked)
-    )
+
+    def searched(start: int, size: int) -> HeldOut:
+        # Those held out come first, so that as many as possible were not learned from.
+        rows = order[2 * asked :][:size]
+        learned = max(len(rows) - (held - 2 * asked), 0)
+        # In their order, so that ties, which go to the first, favour neither kind.
+        base = vectors[rows.sort().values]
+        return HeldOut.of(base, vectors[order[start : start + asked]], learned=learned)
+
+    choosing, reporting = searched(0, CHOOSING), searched(asked, REPORTING)
     return vectors[order[held:].sort().values], choosing, reporting
 
 

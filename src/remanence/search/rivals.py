@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 CENTROIDS = 256  # of one byte; no fewer vectors can be learned from
 ROWS = 16_384  # vectors coded or decoded at a time
+SPARSE = 10  # training vectors a codeword from which LSQ is itself
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,23 @@ def rivals(dim: int, nbytes: int) -> list[Rival]:
     return known
 
 
+def caveat(key: str, n_train: int) -> str:
+    """Return what must be said of a rival that learned from so few vectors; "" where nothing must.
+
+    LSQ solves for all its codewords at once, by least squares with next to no ridge: with about as
+    many vectors as codewords it learns these by heart. On SIFT descriptors at 4 bytes (1,024
+    codewords) its recall@10 beside that of RQ is 2 against 59 % from 1,000 vectors, 66 against 69
+    from 4,000, 78 against 73 from 20,000. faiss's defaults stand, as nobody asked for others.
+    """
+    known = re.fullmatch(r"LSQ(\d+)x8", key, re.ASCII)
+    if known is None or n_train >= (least := SPARSE * CENTROIDS * int(known[1])):
+        return ""
+    return (
+        f"LSQ of {known[1]} bytes learns {n_train:,} vectors by heart and does badly on others: "
+        f"it wants {least:,} or more"
+    )
+
+
 def run_rival(
     key: str,
     train: ArrayLike,
@@ -138,7 +156,8 @@ def run_rival(
 
     Raises:
         InputError: The key is unknown or does not fit the dimension, shapes do not match, a row is
-            not finite, there is too little to learn from or a count is out of range.
+            not finite, there is too little to learn from, a count is out of range, or faiss
+            refuses.
     """
     learn, stored, asked = (
         _table(x, what) for x, what in ((train, "training"), (base, "base"), (queries, "query"))
@@ -207,7 +226,7 @@ def _open(key: str, dim: int) -> _Coder:
     if re.fullmatch(known, key, re.ASCII) is None:
         raise InputError(f"rival {key!r}: give the key of one that `rivals` lists")
     try:
-        return _Faiss(faiss.index_factory(dim, key))
+        return _Faiss(faiss.index_factory(dim, key), key)
     except RuntimeError as error:
         raise InputError(f"{key}: does not fit vectors of dimension {dim}") from error
 
@@ -215,7 +234,7 @@ def _open(key: str, dim: int) -> _Coder:
 class _Faiss:
     """A flat index of faiss."""
 
-    def __init__(self, index: Any) -> None:
+    def __init__(self, index: Any, key: str) -> None:
         self.index = index
         self.code: Any = index
         self.rotation: Any = None
@@ -224,6 +243,7 @@ class _Faiss:
             self.rotation = faiss.downcast_VectorTransform(chain.at(0))
             self.code = faiss.downcast_index(index.index)
         self.additive = isinstance(self.code, faiss.IndexAdditiveQuantizer)
+        self.key = key
 
     def train(self, x: NDArray[np.float32]) -> None:
         # By default faiss samples 256 vectors a centroid, and warns on the terminal below 39.
@@ -243,14 +263,17 @@ class _Faiss:
             self.rotation.max_train_per_dim = -(-len(x) // x.shape[1])
         for clustering in clusterings:
             clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, most
-        self.index.train(x)
+        with _refusals(self.key):
+            self.index.train(x)
 
     def add(self, x: NDArray[np.float32]) -> None:
-        self.index.add(x)
+        with _refusals(self.key):
+            self.index.add(x)
 
     def search(self, x: NDArray[np.float32], k: int) -> NDArray[np.int64]:
         if not self.additive:
-            ids: NDArray[np.int64] = self.index.search(x, k)[1]
+            with _refusals(self.key):
+                ids: NDArray[np.int64] = self.index.search(x, k)[1]
             return ids
         # As the index's own search, which decodes the base once a query.
         return _search_decoded(
@@ -308,6 +331,15 @@ def _search_decoded(
         best.add_result(costs, ids + start)
     best.finalize()
     return np.asarray(best.I)
+
+
+@contextmanager
+def _refusals(key: str) -> Iterator[None]:
+    """Make what faiss throws, which arrives as a RuntimeError, a line to read."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(f"{key}: faiss refuses: {' '.join(str(error).split())}") from error
 
 
 @contextmanager

@@ -237,7 +237,7 @@ def _run(listed: Sequence[Method], data: Data, state: dict[str, Any], run: RunFo
                 run.save_state("bench", state)
                 progress.advance()
                 said = row.failed or f"recall@1 {(row.ranks == 0).mean():.1%}"
-                say(f"{title}: {said}")
+                say(f"{title}: {said}" + f"; {row.note}" * bool(row.note))
             held = dict(kept[key])
             rows.append(Row(**(held | {"ranks": held["ranks"].numpy()})))
         progress.note("")

@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from remanence.errors import InputError
-from remanence.jobs.search.folder import Model, stored_bytes, trained_on
+from remanence.jobs.search.folder import Model, stored_bytes, trained_in, trained_on
 from remanence.search.catalyzer.linear import PcaTransform
 from remanence.search.exact import exact_neighbours
 from remanence.search.index.spread import SpreadIndex
 from remanence.search.index.transform import Transform
 from remanence.search.lattice.code import SphericalCode
-from remanence.search.rivals import rivals, run_rival
+from remanence.search.rivals import caveat, rivals, run_rival
 
 Family = Literal["pq", "opq", "rq", "lsq", "itq", "pca"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
@@ -66,10 +66,11 @@ class Row:
         stored: Bytes a vector, as stored.
         model: Bytes that do not grow with the base: codebooks, rotation, weights.
         n_train: Vectors it was learned from, where that is known.
-        train_seconds: Time to learn, where that was here.
+        train_seconds: Time to learn; of a catalyzer that of its own run, validation included.
         encode_seconds: Time to code the base, mapping included.
         search_seconds: Time to answer all queries, mapping included.
         failed: Why it could not be run; all figures are then None or empty.
+        note: What must be said of it.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Row:
     encode_seconds: float | None = None
     search_seconds: float | None = None
     failed: str | None = None
+    note: str = ""
 
     def figures(self) -> dict[str, Any]:
         """Return all but the ranks, as plain values."""
@@ -109,10 +111,9 @@ class Method:
         """Run it; what cannot be run becomes a row that says why."""
         try:
             return self.run(data, tell)
-        except (InputError, RuntimeError) as error:  # faiss raises RuntimeError
+        except InputError as error:
             none = np.zeros(0, np.int64)
-            why = " ".join(str(error).split())
-            return Row(self.name, self.family, self.nbytes, none, failed=why)
+            return Row(self.name, self.family, self.nbytes, none, failed=str(error))
 
 
 def methods(
@@ -212,6 +213,7 @@ def _rival(
             train_seconds=found.train_seconds,
             encode_seconds=found.encode_seconds + mapped,
             search_seconds=found.search_seconds + asked,
+            note=caveat(key, found.n_train),
         )
 
     return run
@@ -248,6 +250,7 @@ def _coded(
             stored=stored.a_vector(len(made)),
             model=_bytes(model),
             n_train=trained_on(model.folder),
+            train_seconds=trained_in(model.folder),
             encode_seconds=encoded - began,
             search_seconds=searched - encoded,
         )

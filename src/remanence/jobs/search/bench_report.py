@@ -11,9 +11,9 @@ from remanence.jobs.search.bench_methods import CATALYZER, CATALYZER_OPQ, LONGES
 from remanence.kit.report import Cell, Report, curve_figure
 from remanence.kit.statistics import holm, mcnemar, proportion_interval
 from remanence.search.choice import FEW, Comparison, advise
+from remanence.search.heldout import telling_rank
 
 RECALLS = (1, 10, 100)
-DECISIVE = 10  # the R that the best are chosen by
 SHOWN = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)  # points of a curve
 LEVEL = 0.05  # at which the intervals behind the advice hold together
 
@@ -21,8 +21,8 @@ LEVEL = 0.05  # at which the intervals behind the advice hold together
 def compare(rows: Sequence[Row], dim: int) -> dict[str, Any]:
     """Return figures of all methods at one byte count.
 
-    The best OPQ by recall@10 is chosen on these very queries, which favours it. Differences to it
-    are paired, query by query.
+    The best are chosen by recall@10, or by recall@1 where the best recall@10 is near 1. So is the
+    best OPQ, on these very queries, which favours it. Differences to it are paired, query by query.
 
     Args:
         rows: What each did, on the same queries.
@@ -31,11 +31,13 @@ def compare(rows: Sequence[Row], dim: int) -> dict[str, Any]:
     Returns:
         `methods`: a dictionary for each row, with its recall by R and interval, its recall at R =
         1 .. 100, and its difference to the best OPQ by R; `reference`: the name of the best OPQ, or
-        None; `best`: that of the best code, or None; `advice`: a sentence.
+        None; `best`: that of the best code, or None; `rank`: the R that they were chosen by;
+        `advice`: a sentence.
     """
     coded = [row for row in rows if row.failed is None and row.family is not None]
-    reference = _best([row for row in coded if row.family == "opq"])
-    best = _best(coded)
+    rank = telling_rank(max((_share(row, 10) for row in coded), default=0.0))
+    reference = _best([row for row in coded if row.family == "opq"], rank)
+    best = _best(coded, rank)
     found = []
     for row in rows:
         entry = row.figures() | {"recall": {}, "curve": [], "against_opq": {}}
@@ -52,12 +54,17 @@ def compare(rows: Sequence[Row], dim: int) -> dict[str, Any]:
         "methods": found,
         "reference": None if reference is None else reference.name,
         "best": None if best is None else best.name,
-        "advice": _advice(coded, dim),
+        "rank": rank,
+        "advice": _advice(coded, dim, rank),
     }
 
 
-def _best(rows: Sequence[Row]) -> Row | None:
-    return max(rows, key=lambda row: float((row.ranks < DECISIVE).mean()), default=None)
+def _best(rows: Sequence[Row], rank: int) -> Row | None:
+    return max(rows, key=lambda row: _share(row, rank), default=None)
+
+
+def _share(row: Row, rank: int) -> float:
+    return float((row.ranks < rank).mean())
 
 
 def _recall(row: Row, r: int) -> dict[str, float]:
@@ -81,27 +88,27 @@ def _add_differences(
         }
 
 
-def _advice(coded: Sequence[Row], dim: int) -> str:
+def _advice(coded: Sequence[Row], dim: int, rank: int) -> str:
     """Say whether the best catalyzer is worth it, or what is best where there is none."""
-    ours = _best([row for row in coded if row.family in {CATALYZER, CATALYZER_OPQ}])
+    ours = _best([row for row in coded if row.family in {CATALYZER, CATALYZER_OPQ}], rank)
     theirs = [row for row in coded if row.family not in {CATALYZER, CATALYZER_OPQ}]
-    best = _best(coded)
+    best = _best(coded, rank)
     if best is None:
         return "No method could be run."
     if ours is None:
-        share = float((best.ranks < DECISIVE).mean())
         return (
-            f"At {best.nbytes} bytes {best.name} has the highest recall@{DECISIVE}, {share:.1%}; "
-            "no catalyzer was compared."
+            f"At {best.nbytes} bytes {best.name} has the highest recall@{rank}, "
+            f"{_share(best, rank):.1%}; no catalyzer was compared."
         )
-    right = ours.ranks < DECISIVE
+    right = ours.ranks < rank
     rows = []
     for row in theirs:
-        hits = row.ranks < DECISIVE
+        hits = row.ranks < rank
         gap = mcnemar(right, hits, 1 - LEVEL / len(theirs)).interval  # which hold together
         rows.append(Comparison(row.name, float(right.mean()), float(hits.mean()), *gap))
     return advise(
         rows,
+        rank=rank,
         nbytes=ours.nbytes,
         queries=len(right),
         # Where the model does not say, nothing is said of it.
@@ -143,8 +150,8 @@ def build_report(results: Mapping[str, Any], sources: Sequence[str], *, resumed:
         if drawn is not None:
             report.figure(
                 drawn,
-                "Recall@R of the best of each kind, by recall@"
-                f"{DECISIVE}; all but the dashed ones are codes of {size} bytes.",
+                f"Recall@R of the best of each kind, by recall@{found['rank']}; all but the dashed "
+                f"ones are codes of {size} bytes.",
                 f"recall by length of the list at {size} bytes",
             )
     return report
@@ -193,7 +200,8 @@ def _tables(report: Report, found: Mapping[str, Any], queries: int) -> None:
             ],
             "Bytes are counted in what is stored. Encoding is that of the base, searching that of "
             "all queries in one batch, both with the mapping. A dash: not known, or not done here. "
-            "OPQ on a catalyzer's outputs says what OPQ learned from, and how long that took.",
+            "A catalyzer's training took what its own run took, validation included. OPQ on its "
+            "outputs says what OPQ learned from, and how long that took.",
         )  # fmt: skip
     if found["reference"] is not None:
         report.table(
@@ -207,11 +215,15 @@ def _tables(report: Report, found: Mapping[str, Any], queries: int) -> None:
                     gap["p_corrected"],
                 ]
                 for entry in run
-                if (gap := entry["against_opq"].get(str(DECISIVE))) is not None
+                if (gap := entry["against_opq"].get(str(found["rank"]))) is not None
             ],
-            f"Recall@{DECISIVE} minus that of {found['reference']}, the best OPQ on these queries, "
-            "paired by query (McNemar's exact test; Holm's correction for all of this table).",
+            f"Recall@{found['rank']} minus that of {found['reference']}, the best OPQ on these "
+            "queries, paired by query (McNemar's exact test; Holm's correction for all of this "
+            "table).",
         )
+    for entry in run:
+        if entry["note"]:
+            report.text(f"Take care: {entry['note']}.")
     for entry in failed:
         report.text(
             f"{entry['name'][:1].upper()}{entry['name'][1:]} was not run: {entry['failed']}."
@@ -230,7 +242,7 @@ def _cells(entry: Mapping[str, Any], r: int, best: str) -> list[Any]:
 def _curves(found: Mapping[str, Any]) -> Figure | None:
     """Draw the best of each family, and of what is not quantised."""
     best: dict[str, Mapping[str, Any]] = {}
-    r = str(DECISIVE)
+    r = str(found["rank"])
     for entry in found["methods"]:
         if entry["failed"] is None:
             kind = entry["family"] or entry["name"].split()[0] + ", not quantised"

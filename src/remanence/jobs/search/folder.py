@@ -22,7 +22,6 @@ from remanence.errors import InputError
 from remanence.kit.run import write_json
 from remanence.kit.vectors import Vectors, open_ids
 from remanence.search.catalyzer.network import Catalyzer, Embedding
-from remanence.search.choice import code_from
 from remanence.search.index import file
 from remanence.search.index.spread import SpreadIndex
 from remanence.search.lattice.code import SphericalCode
@@ -86,7 +85,7 @@ def open_model(folder: Path, device: torch.device) -> Model:
             entry = entries[nbytes]
             if entry["dim"] not in catalyzer.dims:  # bounds it, before tables are made
                 raise damaged
-            codes[int(nbytes)] = code_from(entry)
+            codes[int(nbytes)] = file.code_from(entry)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged from error
     if not codes or any(code.nbytes != nbytes for nbytes, code in codes.items()):
@@ -101,6 +100,15 @@ def trained_on(folder: Path) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return count if type(count) is int else None
+
+
+def trained_in(folder: Path) -> float | None:
+    """Return how many seconds a model's run took, by its own `run.json`; None if unsaid."""
+    try:
+        seconds = json.loads((folder / "run.json").read_text(encoding="utf-8"))["seconds"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return float(seconds) if isinstance(seconds, int | float) else None
 
 
 def open_index(folder: Path, device: torch.device, model: Model | None = None) -> SpreadIndex:

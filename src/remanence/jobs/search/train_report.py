@@ -12,13 +12,20 @@ from numpy.typing import NDArray
 
 from remanence.kit.report import Report, curve_figure
 from remanence.kit.statistics import mcnemar, proportion_interval
-from remanence.search.choice import SHORT, Advice, Comparison, Trial, advise, best_trial
-from remanence.search.heldout import RANKS, Score, recall_at_10
+from remanence.search.choice import (
+    SHORT,
+    Advice,
+    Comparison,
+    Trial,
+    advise,
+    best_trial,
+    trial_rank,
+)
+from remanence.search.heldout import RANKS, SATURATED, Score, mean_recall, telling_rank
 from remanence.search.index.file import describe
 from remanence.search.lattice.code import SphericalCode
 
 CURVE = (1, 2, 5, 10, 20, 50, 100)  # R of recall@R
-TEN = CURVE.index(10)
 KINDS = {"SphereLattice": "lattice", "E8Shell": "E8", "SignCode": "signs"}
 
 
@@ -61,11 +68,14 @@ class Finding:
         in_dim: Their dimension.
         hidden: Width of the network.
         n_train: Vectors to learn from.
-        n_base: Held-out vectors to search among.
+        n_base: Vectors to search among.
+        n_learned: How many of them were learned from; the others were held out.
+        n_choosing: Vectors that the queries which choose are searched for among.
         n_queries: Held-out queries to report by; as many others chose.
         codes: The codes, by rising bytes.
         koleo: lambda.
         trials: The short trainings, if there were any.
+        best_rank: R of the recall that the epoch was chosen by.
         best_stage: "train" or "finetune".
         best_epoch: The epoch of it that was kept.
         best_scores: Its recall on the queries to choose by.
@@ -73,6 +83,7 @@ class Finding:
         measured: By code: ours, ours in floats, rivals.
         advice: By bytes a vector.
         failed: Why a rival could not be run.
+        notes: What must be said of a rival.
         warning: What the user was warned of.
     """
 
@@ -81,10 +92,13 @@ class Finding:
     hidden: int
     n_train: int
     n_base: int
+    n_learned: int
+    n_choosing: int
     n_queries: int
     codes: tuple[SphericalCode, ...]
     koleo: float
     trials: tuple[Trial, ...]
+    best_rank: int
     best_stage: str
     best_epoch: int
     best_scores: tuple[Score, ...]
@@ -92,6 +106,7 @@ class Finding:
     measured: tuple[Measured, ...]
     advice: Mapping[int, Advice]
     failed: Mapping[str, str]
+    notes: tuple[str, ...]
     warning: str
 
     def results(self) -> dict[str, Any]:
@@ -99,16 +114,19 @@ class Finding:
         return {
             "n_train": self.n_train,
             "n_base": self.n_base,
+            "n_base_learned": self.n_learned,
+            "n_base_choosing": self.n_choosing,
             "n_queries": self.n_queries,
             "in_dim": self.in_dim,
             "codes": {str(code.nbytes): _described(code) for code in self.codes},
             "koleo": self.koleo,
-            "best": {"stage": self.best_stage, "epoch": self.best_epoch},
+            "best": {"rank": self.best_rank, "stage": self.best_stage, "epoch": self.best_epoch},
             "validation": [asdict(each) for each in self.best_scores],
             "measured": [each.plain() for each in self.measured],
             "advice": {str(size): asdict(each) for size, each in self.advice.items()},
             "trials": [asdict(each) for each in self.trials],
             "failed": dict(self.failed),
+            "notes": list(self.notes),
             "warning": self.warning,
         }
 
@@ -127,13 +145,16 @@ def method_name(code: SphericalCode) -> str:
 def advice_of(
     ours: Measured, theirs: Sequence[Measured], *, trained_on: int, in_dim: int
 ) -> Advice:
-    """Compare recall@10 query by query; the intervals hold together at 95 %."""
+    """Compare recall query by query at the rank that tells; intervals hold together at 95 %."""
+    rank = telling_rank(max(each.recall(10) for each in (ours, *theirs)))
+    at = CURVE.index(rank)
     rows = []
     for each in theirs:
-        found = mcnemar(ours.hits[:, TEN], each.hits[:, TEN], confidence=1 - 0.05 / len(theirs))
-        rows.append(Comparison(each.name, ours.recall(10), each.recall(10), *found.interval))
+        found = mcnemar(ours.hits[:, at], each.hits[:, at], confidence=1 - 0.05 / len(theirs))
+        rows.append(Comparison(each.name, ours.recall(rank), each.recall(rank), *found.interval))
     return advise(
         rows,
+        rank=rank,
         nbytes=ours.nbytes,
         queries=len(ours.hits),
         trained_on=trained_on,
@@ -171,14 +192,24 @@ def build_report(finding: Finding) -> Report:
         "code without a codebook rounds what comes out; queries are not rounded."
     )
     report.text(
-        f"Held out were {finding.n_base:,} vectors to search among and two sets of "
-        f"{finding.n_queries:,} queries. The first set chose the weight, the dimension and the "
-        "epoch; the second was looked at once, for the tables above. Among more vectors every "
-        "recall is lower: these figures compare methods and do not foretell the recall in a larger "
-        "collection, which remanence search bench measures."
+        f"Held out were two sets of {finding.n_queries:,} queries and "
+        f"{finding.n_base - finding.n_learned:,} of the vectors to search among; the other "
+        f"{finding.n_learned:,} of these were learned from, by all methods alike, as few vectors "
+        "are found too easily for methods to differ. The first set of queries, searched for among "
+        f"{finding.n_choosing:,} vectors, chose the weight, the dimension and the epoch; the "
+        "second was looked at once, for the tables above. Among more vectors every recall is "
+        "lower, and among vectors that nothing learned from it may be: these figures compare "
+        "methods and do not foretell the recall in another collection, which remanence search "
+        "bench measures."
+    )
+    report.text(
+        "Methods, weights and epochs are compared by recall@10, or, where the best finds "
+        f"{100 * SATURATED:.0f} % or more of the neighbours among the first ten, by recall@1."
     )
     for name, why in finding.failed.items():
         report.text(f"{name} could not be run: {why}.")
+    for note in finding.notes:
+        report.text(f"Take care: {note}.")
     return report
 
 
@@ -193,7 +224,8 @@ def _recall(report: Report, finding: Finding, code: SphericalCode) -> None:
             for each in rows
         ],
         f"Share of {finding.n_queries:,} held-out queries whose true nearest neighbour, by "
-        f"Euclidean distance of the inputs, is among the first R of {finding.n_base:,} vectors. "
+        f"Euclidean distance of the inputs, is among the first R of {finding.n_base:,} vectors, "
+        f"{finding.n_learned:,} of which were learned from. "
         f"The code: {code_name(code)}. What is not quantised takes {4 * code.dim} bytes a vector; "
         f"the rest takes {code.nbytes}, and learned from the same {finding.n_train:,} vectors.",
     )
@@ -230,12 +262,13 @@ def _training(report: Report, finding: Finding) -> None:
     before = sum(row["stage"] == "train" for row in finding.rows)
     epochs = [row["step"] + before * (row["stage"] == "finetune") for row in finding.rows]
     kept = finding.best_epoch + before * (finding.best_stage == "finetune")
+    rank = finding.best_rank
     where = {"kept": float(kept)}
     if before < len(finding.rows):
         where["end to end from here"] = before + 0.5
     report.text(
-        f"Epoch {kept} was kept, which has the highest recall@10 in codes on the queries that "
-        f"choose ({100 * recall_at_10(finding.best_scores):.1f} %"
+        f"Epoch {kept} was kept, which has the highest recall@{rank} in codes on the queries that "
+        f"choose ({100 * mean_recall(finding.best_scores, rank):.1f} %"
         + (", the mean of the codes)." if len(finding.codes) > 1 else ").")
     )
     seen = [row for row in finding.rows if any(key.startswith("recall") for key in row)]
@@ -243,12 +276,12 @@ def _training(report: Report, finding: Finding) -> None:
     series: dict[str, Any] = {}
     for code in finding.codes:
         for name, end in (("", ""), (", not quantised", "_floats")):
-            key = f"recall_at_10_{code.nbytes}_bytes{end}"
+            key = f"recall_at_{rank}_{code.nbytes}_bytes{end}"
             series[f"{code.nbytes} B{name}"] = (at, [100 * row[key] for row in seen], None, None)
     report.figure(
-        curve_figure(series, "epoch", "recall@10, %", where),
+        curve_figure(series, "epoch", f"recall@{rank}, %", where),
         "Recall on the queries that choose. The gap between the two curves is what rounding costs.",
-        "recall at 10 by epoch, in codes and not quantised",
+        f"recall at {rank} by epoch, in codes and not quantised",
     )
     report.figure(
         curve_figure(
@@ -284,9 +317,10 @@ def _training(report: Report, finding: Finding) -> None:
 
 def _trials(report: Report, finding: Finding) -> None:
     report.section("Choice")
-    chosen = best_trial(finding.trials)
+    chosen, rank = best_trial(finding.trials), trial_rank(finding.trials)
+    at = RANKS.index(rank)
     report.table(
-        ["code", "KoLeo weight", "KoLeo", "even spread", "floats, recall@10, %",
+        ["code", "KoLeo weight", "KoLeo", "even spread", f"floats, recall@{rank}, %",
          "recall@1, %", "recall@10, %", "chosen"],
         [
             [
@@ -294,7 +328,7 @@ def _trials(report: Report, finding: Finding) -> None:
                 f"{trial.koleo:g}",
                 trial.spread,
                 trial.uniform,
-                100 * each.floats[1],
+                100 * each.floats[at],
                 100 * each.quantised[0],
                 100 * each.quantised[1],
                 "yes" if number == chosen else "",
@@ -304,18 +338,19 @@ def _trials(report: Report, finding: Finding) -> None:
         ],
         "Codes by bytes and dimension. Short trainings, of a quarter of the epochs on half of the "
         "vectors, at most "
-        f"{SHORT:,}, measured on the queries that choose.",
+        f"{SHORT:,}, measured on the queries that choose, by recall@{rank}.",
     )  # fmt: skip
     report.figure(
-        _weights(finding.trials),
-        "Recall@10 against the weight of KoLeo, in codes (solid) and not quantised (dashed): too "
-        "small a weight leaves vectors crowded and rounding destroys them, too large a one "
+        _weights(finding.trials, rank),
+        f"Recall@{rank} against the weight of KoLeo, in codes (solid) and not quantised (dashed): "
+        "too small a weight leaves vectors crowded and rounding destroys them, too large a one "
         "scatters neighbours.",
-        "recall at 10 by weight of KoLeo",
+        f"recall at {rank} by weight of KoLeo",
     )
 
 
-def _weights(trials: Sequence[Trial]) -> Figure:
+def _weights(trials: Sequence[Trial], rank: int) -> Figure:
+    at = RANKS.index(rank)
     figure = Figure(figsize=(5, 3.3), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -323,7 +358,7 @@ def _weights(trials: Sequence[Trial]) -> Figure:
     names = dict.fromkeys((each.nbytes, each.dim) for trial in trials for each in trial.scores)
     for place, (nbytes, dim) in enumerate(names):
         rows = sorted(
-            (weights.index(trial.koleo), 100 * each.quantised[1], 100 * each.floats[1])
+            (weights.index(trial.koleo), 100 * each.quantised[at], 100 * each.floats[at])
             for trial in trials
             for each in trial.scores
             if (each.nbytes, each.dim) == (nbytes, dim)
@@ -333,7 +368,7 @@ def _weights(trials: Sequence[Trial]) -> Figure:
         axes.plot(x, plain, "o--", color=f"C{place}", alpha=0.5)
     axes.set_xticks(range(len(weights)), [f"{weight:g}" for weight in weights])
     axes.set_xlabel("weight of KoLeo")
-    axes.set_ylabel("recall@10, %")
+    axes.set_ylabel(f"recall@{rank}, %")
     axes.legend(frameon=False)
     return figure
 

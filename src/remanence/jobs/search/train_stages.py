@@ -13,12 +13,12 @@ from torch import Tensor
 
 from remanence.errors import InputError
 from remanence.jobs.search.train_report import CURVE, Measured
-from remanence.kit.progress import bar, say
+from remanence.kit.progress import bar
 from remanence.kit.run import RunFolder
 from remanence.search.catalyzer.training import Settings, Training
 from remanence.search.choice import Trial, shortened, tune
 from remanence.search.exact import recall_hits
-from remanence.search.heldout import RANKS, HeldOut, Score, merit, recall_at_10, score
+from remanence.search.heldout import RANKS, HeldOut, Score, mean_recall, merit, score, telling_rank
 from remanence.search.lattice.code import SphericalCode
 from remanence.search.rivals import Rival, run_rival
 
@@ -35,7 +35,7 @@ class Data:
     Attributes:
         train: Training vectors (n, d), float32, on the device.
         choosing: Held-out vectors that choices are made by.
-        reporting: Held-out vectors, of the same base, that nothing is chosen by.
+        reporting: Held-out vectors that nothing is chosen by.
     """
 
     train: Tensor
@@ -45,15 +45,17 @@ class Data:
 
 @dataclass(frozen=True, eq=False)
 class Best:
-    """The best epoch so far.
+    """The best epoch so far, by recall at one rank.
 
     Attributes:
+        rank: R of that recall.
         stage: "train" or "finetune".
         epoch: From 1.
         scores: On the queries to choose by.
         weights: State of the catalyzer.
     """
 
+    rank: int
     stage: str
     epoch: int
     scores: tuple[Score, ...]
@@ -63,7 +65,13 @@ class Best:
     def from_dict(cls, plain: Mapping[str, Any]) -> Best:
         """Rebuild one from `dataclasses.asdict`."""
         scores = tuple(Score.from_dict(each) for each in plain["scores"])
-        return cls(plain["stage"], plain["epoch"], scores, dict(plain["weights"]))
+        return cls(plain["rank"], plain["stage"], plain["epoch"], scores, dict(plain["weights"]))
+
+    def plain(self) -> dict[str, Any]:
+        """Return what `from_dict` takes."""
+        names = ("rank", "stage", "epoch", "weights")
+        scores = {"scores": [asdict(each) for each in self.scores]}
+        return {name: getattr(self, name) for name in names} | scores
 
 
 def try_all(
@@ -99,7 +107,7 @@ def try_all(
             step=progress.advance,
         ):
             trials.append(trial)
-            progress.note(f"lambda {trial.koleo:g} recall@10 {recall_at_10(trial.scores):.3f}")
+            progress.note(f"lambda {trial.koleo:g} {_said(trial.scores)}")
             run.log(
                 stage="tune",
                 step=len(trials),
@@ -119,30 +127,28 @@ def fit(
     data: Data,
     run: RunFolder,
     fabric: Fabric,
-    best: Best | None,
-) -> Best:
-    """Train to the end, and return the best epoch of this stage and those before.
+    bests: Sequence[Best],
+) -> tuple[Best, ...]:
+    """Train to the end, and return the best epochs of this stage and those before.
 
-    The best has the highest recall@10 in codes, the mean over the codes, and of equal ones the
-    highest recall@1; of equal ones again it is the first.
+    One has the highest recall@10 in codes, the mean over the codes, and of equal ones the highest
+    recall@1; the other is the other way round. Of equal ones again it is the first. Which of the
+    two is wanted, `best_of` knows when all is done.
     """
     saved = run.load_state(stage)
     if saved is not None:
         training.load_state_dict(saved["training"])
-        best = Best.from_dict(saved["best"])
+        bests = [Best.from_dict(each) for each in saved["bests"]]
     if run.resumed:
         run.keep_metrics({stage: training.done})
     epochs = training.settings.epochs
     if training.done == epochs:
-        assert best is not None
-        return best
+        return tuple(bests)
     every = max(epochs // POINTS, 1)
     done = training.done * training.steps
-    if run.first:
-        say(
-            f"{training.settings.positives} nearest neighbours of each of {len(data.train):,} "
-            "vectors are found first"
-        )
+    if training.neighbours is None:
+        with bar("neighbours", len(training.own), show=run.first) as progress:
+            training.find_neighbours(progress.advance)
     with bar(stage, epochs * training.steps, done=done, show=run.first) as progress:
         for shown in training.epochs(progress.advance):
             row: dict[str, float] = asdict(shown)
@@ -153,19 +159,33 @@ def fit(
                 mine = score(training.catalyzer, codes, data.choosing) if run.first else ()
                 scores: tuple[Score, ...] = fabric.broadcast(mine)
                 row |= _flat(scores)
-                said += f" recall@10 {recall_at_10(scores):.3f}"
-                if best is None or merit(scores) > merit(best.scores):
-                    state = training.catalyzer.state_dict()
-                    weights = {name: value.cpu().clone() for name, value in state.items()}
-                    best = Best(stage, shown.number, scores, weights)
+                said += f" {_said(scores)}"
+                state = training.catalyzer.state_dict()
+                weights = {name: value.cpu().clone() for name, value in state.items()}
+                before = {best.rank: best for best in bests}
+                now = [Best(rank, stage, shown.number, scores, weights) for rank in (10, 1)]
+                bests = [_better(before.get(each.rank), each) for each in now]
             progress.note(said)
-            assert best is not None
             run.log(stage=stage, step=shown.number, **row)
-            plain = {name: getattr(best, name) for name in ("stage", "epoch", "weights")}
-            plain["scores"] = [asdict(each) for each in best.scores]
-            run.save_state(stage, {"training": training.state_dict(), "best": plain})
-    assert best is not None
-    return best
+            plain = [best.plain() for best in bests]
+            run.save_state(stage, {"training": training.state_dict(), "bests": plain})
+    return tuple(bests)
+
+
+def best_of(bests: Sequence[Best]) -> Best:
+    """Return the best epoch by recall at the rank that tells."""
+    by_rank = {best.rank: best for best in bests}
+    return by_rank[telling_rank(mean_recall(by_rank[10].scores, 10))]
+
+
+def _better(before: Best | None, now: Best) -> Best:
+    if before is None or merit(now.scores, now.rank) > merit(before.scores, now.rank):
+        return now
+    return before
+
+
+def _said(scores: Sequence[Score]) -> str:
+    return f"recall@1 {mean_recall(scores, 1):.3f} recall@10 {mean_recall(scores, 10):.3f}"
 
 
 def race(
@@ -192,8 +212,8 @@ def race(
                     progress=_teller(progress.note, f"{rival.name}, {nbytes} bytes"),
                 )
                 hits[rival.key] = torch.from_numpy(_hits(found.ids, data.reporting))
-            except (InputError, RuntimeError) as error:  # faiss raises RuntimeError
-                failed[rival.key] = " ".join(str(error).split())
+            except InputError as error:
+                failed[rival.key] = str(error)
             progress.advance()
             run.save_state("rivals", {"hits": hits, "failed": failed})
     measured = [

@@ -42,8 +42,7 @@ class Catalyzer(nn.Module):
             prefix of it, normalised by itself, so that one network serves codes of several sizes.
         hidden: Width of both hidden layers.
         shortcut: Add a linear map of the inputs to the output, which begins as their principal
-            components; the published network has none, and takes several times as many epochs to
-            come as far.
+            components; the published network has none, and comes less far in as many epochs.
 
     Attributes:
         shift: Mean of the training vectors (in_dim,), taken off first; 0 until `initialise`.
@@ -140,6 +139,25 @@ class Catalyzer(nn.Module):
             out: Tensor = self.head(hidden.to(self.shift.dtype))
             return out if self.shortcut is None else out + self.shortcut(standardised)
 
+    def outputs(self, x: Tensor) -> Tensor:
+        """Return what `forward` does in evaluation mode, without gradient, on x's device.
+
+        Batch norm uses its running statistics and products are exact float32, so that a vector's
+        image does not depend on its batch.
+
+        Raises:
+            InputError: The shape is wrong, or a row is not finite.
+        """
+        self._check(x)
+        device = self.shift.device
+        parts = [x.new_zeros((0, self.dims[-1]), dtype=self.shift.dtype)]
+        with evaluating(self), torch.no_grad(), exact_products():
+            for start in range(0, len(x), ROWS):
+                rows = x[start : start + ROWS]
+                _refuse_broken(rows, start)
+                parts.append(self(rows.to(device)).to(x.device))
+        return torch.cat(parts)
+
     def unit(self, out: Tensor, dim: int) -> Tensor:
         """Return the unit vectors (n, dim), at least float32, of outputs (n, dims[-1])."""
         return normalize(out[:, :dim].to(torch.promote_types(out.dtype, torch.float32)), dim=1)
@@ -174,7 +192,10 @@ class Catalyzer(nn.Module):
         try:
             with safe_open(file, "pt") as opened:
                 shape = json.loads((opened.metadata() or {})[KEY])
-                with torch.device("meta"):  # a broken file may claim any size: it costs nothing
+                with (
+                    torch.device("meta"),  # a broken file may claim any size: it costs nothing
+                    warnings.catch_warnings(action="ignore"),  # it was warned of in training
+                ):
                     found = cls(
                         int(shape["in_dim"]),
                         shape["dims"],
@@ -233,22 +254,12 @@ class Embedding:
     def embed(self, x: Tensor) -> Tensor:
         """Return unit vectors (n, out_dim), float32, on x's device, of vectors (n, in_dim).
 
-        Batch norm uses its running statistics and products are exact float32, so that a vector's
-        image does not depend on its batch.
+        They are `Catalyzer.outputs`, a vector's image not depending on its batch.
 
         Raises:
             InputError: The shape is wrong, or a row is not finite.
         """
-        self.catalyzer._check(x)  # noqa: SLF001 - of the same file
-        device = self.catalyzer.shift.device
-        parts = [x.new_zeros((0, self.out_dim), dtype=torch.float32)]
-        with evaluating(self.catalyzer), torch.no_grad(), exact_products():
-            for start in range(0, len(x), ROWS):
-                rows = x[start : start + ROWS]
-                _refuse_broken(rows, start)
-                out = self.catalyzer(rows.to(device))
-                parts.append(self.catalyzer.unit(out, self.out_dim).float().to(x.device))
-        return torch.cat(parts)
+        return self.catalyzer.unit(self.catalyzer.outputs(x), self.out_dim).float()
 
 
 def _refuse_broken(rows: Tensor, start: int) -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from remanence.search.catalyzer.network import Catalyzer
     from remanence.search.lattice.code import SphericalCode
 
+ROWS = 8192  # anchors whose neighbours are found at a time
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -126,13 +128,22 @@ class Training:
         self.done = 0
         self.optimizer = torch.optim.Adam(catalyzer.parameters(), lr=settings.lr)
 
-    def find_neighbours(self) -> None:
-        """Find the positives, once: exact, n^2 in_dim products."""
-        if self.neighbours is None:
-            x = self.catalyzer.standardised(self.vectors.to(self.catalyzer.shift.device))
-            mine = x[self.rank :: self.world]
-            own = self.own.to(x.device)
-            self.neighbours = nearest_others(mine, own, x, self.settings.positives).cpu()
+    def find_neighbours(self, progress: Callable[[int], None] | None = None) -> None:
+        """Find the positives, once: exact, n^2 in_dim products.
+
+        Args:
+            progress: Called with a number of anchors when their neighbours are found, until it was
+                told of all of `own`.
+        """
+        if self.neighbours is not None:
+            return
+        x = self.catalyzer.standardised(self.vectors.to(self.catalyzer.shift.device))
+        found = []
+        for own in torch.split(self.own.to(x.device), ROWS):
+            found.append(nearest_others(x[own], own, x, self.settings.positives).cpu())
+            if progress is not None:
+                progress(len(own))
+        self.neighbours = torch.cat(found)
 
     def epochs(self, step: Callable[[], None] | None = None) -> Iterator[Epoch]:
         """Train on, and yield after each epoch what it showed.
@@ -177,8 +188,9 @@ class Training:
         place = torch.full((n,), -1)
         place[pool] = torch.arange(len(pool))
         columns = []
+        out = self._embed_all()
         for dim in self.catalyzer.dims:
-            z = self._embed_all(dim)
+            z = self.catalyzer.unit(out, dim)
             base = z[pool.to(z.device)]
             if dim in self.codes:
                 base = self.codes[dim].straight_through(base)
@@ -187,16 +199,16 @@ class Training:
             columns.append(pool[found.cpu()])
         return torch.stack(columns, 1)
 
-    def _embed_all(self, dim: int) -> Tensor:
-        """Embed all vectors: each process its own, then gathered."""
+    def _embed_all(self) -> Tensor:
+        """Return the outputs (n, dims[-1]) of all vectors: each process its own, then gathered."""
         n = len(self.vectors)
         device = self.catalyzer.shift.device
-        mine = self.catalyzer.at(dim).embed(self.vectors[self.rank :: self.world]).to(device)
+        mine = self.catalyzer.outputs(self.vectors[self.rank :: self.world]).to(device)
         if self.world == 1:
             return mine
         most = -(-n // self.world)
-        parts = [mine.new_empty(most, dim) for _ in range(self.world)]
-        dist.all_gather(parts, torch.cat([mine, mine.new_zeros(most - len(mine), dim)]))
+        parts = [mine.new_empty(most, mine.shape[1]) for _ in range(self.world)]
+        dist.all_gather(parts, torch.cat([mine, mine.new_zeros(most - len(mine), mine.shape[1])]))
         return torch.stack(parts, 1).flatten(0, 1)[:n]  # rows were dealt out one by one
 
     def _epoch(self, step: Callable[[], None]) -> Epoch:

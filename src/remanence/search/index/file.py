@@ -79,6 +79,28 @@ def describe(code: SphericalCode) -> dict[str, Any]:
     return {"kind": name, "dim": code.dim, "r2": code.r2}
 
 
+def code_from(described: Mapping[str, Any]) -> SphericalCode:
+    """Return the code that `describe` described.
+
+    Tables are made for whatever dimension it names: check that first where a file is not trusted.
+
+    Raises:
+        InputError: It describes none.
+    """
+    dim, r2 = described.get("dim"), described.get("r2")
+    code: SphericalCode | None = None
+    if type(dim) is int and type(r2) is int:
+        if described.get("kind") == "SphereLattice":
+            code = SphereLattice(dim, r2)
+        elif described.get("kind") == "E8Shell":
+            code = E8Shell(r2 // 8)
+        elif described.get("kind") == "SignCode":
+            code = SignCode(dim)
+    if code is None or describe(code) != described:
+        raise InputError(f"{dict(described)} describes no code: give what `describe` gave")
+    return code
+
+
 def write(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
     """Write the file under a temporary name, then rename it.
 
@@ -152,29 +174,16 @@ def _code(path: Path, header: Header, transform: Transform) -> SphericalCode:
     """Build the code that a header names."""
     wrong = InputError(f"{path} does not fit the transform or this library: make it anew")
     numbers = (header.count, header.bits, header.nlist, header.seed, header.following)
+    if any(type(number) is not int for number in numbers) or not isinstance(header.code, dict):
+        raise wrong
+    # The transform bounds the dimension before tables are made for it.
+    if header.code.get("dim") != transform.out_dim or header.in_dim != transform.in_dim:
+        raise wrong
     try:
-        kind, dim, r2 = header.code["kind"], header.code["dim"], header.code["r2"]
-        # The transform bounds the dimension before tables are made for it.
-        if (
-            any(type(number) is not int for number in (*numbers, dim, r2))
-            or dim != transform.out_dim
-        ):
-            raise wrong
-        code: SphericalCode
-        if kind == "SphereLattice":
-            code = SphereLattice(dim, r2)
-        elif kind == "E8Shell":
-            code = E8Shell(r2 // 8)
-        else:
-            code = KINDS[kind](dim)  # type: ignore[call-arg]  # only SignCode is left
-    except (KeyError, TypeError, ValueError) as error:
+        code = code_from(header.code)
+    except ValueError as error:
         raise wrong from error
-    same = (
-        describe(code) == header.code
-        and header.bits == code.bits
-        and header.in_dim == transform.in_dim
-    )
-    if not same or min(numbers) < 0 or header.storage not in {"codes", "int8"}:
+    if header.bits != code.bits or min(numbers) < 0 or header.storage not in {"codes", "int8"}:
         raise wrong
     return code
 
