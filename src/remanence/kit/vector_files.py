@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from functools import lru_cache
 from pathlib import Path
+from tokenize import TokenError  # of numpy 1's reading of a damaged header
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -133,7 +134,7 @@ def npy(path: Path) -> Store:
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
             shape, fortran, dtype = read(stream)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, SyntaxError, TokenError) as error:
             raise InputError(f"{path}: not a .npy file; write it with numpy.save") from error
         start = stream.tell()
     if dtype.hasobject:
@@ -171,7 +172,16 @@ def _pick(path: Path, key: str | None, names: list[str]) -> str:
 
 def npz(path: Path, key: str | None) -> Store:
     """Read one array of a .npz file."""
-    broken = (ValueError, EOFError, OSError, MemoryError, zipfile.BadZipFile, zlib.error)
+    broken = (
+        ValueError,
+        EOFError,
+        OSError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+        SyntaxError,
+        TokenError,
+    )
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path}: not a whole .npz file; write it with numpy.savez")
     try:

@@ -1,0 +1,1 @@
+"""ABX discriminability of speech representations."""

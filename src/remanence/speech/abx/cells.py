@@ -1,0 +1,274 @@
+"""Cells: the sets A, B and X of items that are compared, and the tables of distances they need.
+
+Within speakers, A and X are all items of one phone, context and speaker, B those of another phone.
+Across speakers, A and B are one speaker's and X is another's, of the phone and context of A.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from remanence.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from remanence.speech.abx.items import Items
+
+    Integers = NDArray[np.int64]
+
+Speaker = Literal["within", "across"]
+Context = Literal["within", "any"]
+
+BIN = 512  # items of a table's side, where speakers can be taken together
+SIDE = 4096  # items above which a table is cut
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Items as numbers, ordered by context, speaker, phone, file and onset.
+
+    Attributes:
+        item: Which item each is (n,).
+        context: Number of its context (n,).
+        speaker: Number of its speaker (n,).
+        phone: Number of its phone (n,).
+        contexts: Names of the contexts, "prev next"; "any" where contexts do not count.
+        speakers: Names of the speakers.
+        phones: Names of the phones.
+    """
+
+    item: Integers
+    context: Integers
+    speaker: Integers
+    phone: Integers
+    contexts: tuple[str, ...]
+    speakers: tuple[str, ...]
+    phones: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A table of distances: rows as X, columns as A and B; with `both`, also the reverse.
+
+    Rows and columns are places in `Coded`, each ordered by speaker. Where they are the same array,
+    the table holds all its items as X, A and B.
+    """
+
+    rows: Integers
+    columns: Integers
+    both: bool = False
+
+
+def encode(items: Items, context: Context, max_group: int | None, seed: int) -> Coded:
+    """Number the items, and take at most `max_group` of each context, speaker and phone.
+
+    Raises:
+        InputError: An option is out of range.
+    """
+    if context not in get_args(Context):
+        raise InputError(f"context {context!r} is unknown: give one of {get_args(Context)}")
+    if max_group is not None and max_group < 2:
+        raise InputError(f"max_group {max_group}: give at least 2 items, or None for all")
+    around = [f"{a} {b}" for a, b in zip(items.prev, items.next, strict=True)]
+    names, codes = [], []
+    for column in (
+        ["any"] * len(items) if context == "any" else around,
+        items.speaker,
+        items.phone,
+    ):
+        unique, inverse = np.unique(np.asarray(column, dtype=str), return_inverse=True)
+        names.append(tuple(unique.tolist()))
+        codes.append(inverse.astype(np.int64).ravel())
+    files = np.unique(np.asarray(items.file, dtype=str), return_inverse=True)[1].ravel()
+    order = np.lexsort((items.offset, items.onset, files, codes[2], codes[1], codes[0]))
+    if max_group is not None:
+        rng = np.random.default_rng(seed)
+        groups = np.ravel_multi_index(
+            tuple(code[order] for code in codes), tuple(len(name) for name in names)
+        )
+        drawn = np.lexsort((rng.random(len(order)), groups))
+        first = np.searchsorted(groups, groups)  # the place where an item's group begins
+        order = order[np.sort(drawn[np.arange(len(order)) - first < max_group])]
+    numbers = [code[order] for code in codes]
+    return Coded(order, numbers[0], numbers[1], numbers[2], names[0], names[1], names[2])
+
+
+def tiles(
+    coded: Coded, speaker: Speaker, max_x_speakers: int | None, seed: int, *, symmetric: bool
+) -> Iterator[Tile]:
+    """Yield tables that hold each cell's distances once.
+
+    Args:
+        coded: The items.
+        speaker: `within` or `across`.
+        max_x_speakers: Across, at most so many drawn speakers of X for each context, speaker and
+            phone.
+        seed: For the draw.
+        symmetric: Whether one table can serve both directions.
+
+    Raises:
+        InputError: An option is out of range.
+    """
+    if speaker not in get_args(Speaker):
+        raise InputError(f"speaker {speaker!r} is unknown: give one of {get_args(Speaker)}")
+    if max_x_speakers is not None and max_x_speakers < 1:
+        raise InputError(f"max_x_speakers {max_x_speakers}: give at least 1, or None for all")
+    for places in _runs(coded.context, np.arange(len(coded.item))):
+        people = _runs(coded.speaker, places)
+        plan: Iterator[Tile]
+        if speaker == "within":
+            plan = (Tile(own, own) for own in people if _has_cells(coded, own))
+        elif max_x_speakers is not None:
+            plan = _drawn(coded, people, max_x_speakers, seed)
+        else:
+            plan = _all_across(coded, people, symmetric=symmetric)
+        for tile in plan:
+            yield from _cut(tile)
+
+
+def _runs(values: Integers, places: Integers) -> list[Integers]:
+    """Split places where values change."""
+    return np.split(places, np.flatnonzero(np.diff(values[places])) + 1)
+
+
+def _has_cells(coded: Coded, own: Integers) -> bool:
+    """Tell whether one speaker's items of a context hold two phones, one of them twice."""
+    phones = coded.phone[own]
+    return len(own) > 2 and phones[0] != phones[-1] and bool((phones[1:] == phones[:-1]).any())
+
+
+def _drawn(coded: Coded, people: list[Integers], most: int, seed: int) -> Iterator[Tile]:
+    """Yield for each speaker of A and B the items of the drawn speakers of X."""
+    by_phone: dict[int, list[tuple[int, Integers]]] = {}
+    for own in people:
+        for group in _runs(coded.phone, own):
+            by_phone.setdefault(int(coded.phone[group[0]]), []).append(
+                (int(coded.speaker[own[0]]), group)
+            )
+    for own in people:
+        phones = np.unique(coded.phone[own])
+        if len(phones) < 2:
+            continue
+        speaker = int(coded.speaker[own[0]])
+        rng = np.random.default_rng((seed, int(coded.context[own[0]]), speaker))
+        rows = []
+        for phone in phones.tolist():
+            others = [group for who, group in by_phone[phone] if who != speaker]
+            if len(others) > most:
+                others = [others[i] for i in rng.choice(len(others), most, replace=False)]
+            rows += others
+        if rows:
+            yield Tile(np.sort(np.concatenate(rows)), own)
+
+
+def _all_across(coded: Coded, people: list[Integers], *, symmetric: bool) -> Iterator[Tile]:
+    places = np.concatenate(people)
+    if len(places) <= BIN:
+        able = [own for own in people if coded.phone[own[0]] != coded.phone[own[-1]]]
+        if len(people) < 2 or not able:
+            return
+        columns = np.concatenate(able)
+        rows = places[np.isin(coded.phone[places], coded.phone[columns])]
+        if symmetric and len(places) ** 2 < 2 * len(rows) * len(columns):
+            yield Tile(places, places)
+        else:
+            yield Tile(rows, columns)
+        return
+    for i, first in enumerate(people):
+        for second in people[i + 1 :]:
+            if symmetric:
+                yield Tile(first, second, both=True)
+            else:
+                yield Tile(first, second)
+                yield Tile(second, first)
+
+
+def _cut(tile: Tile) -> Iterator[Tile]:
+    """Cut the rows of a table that is too large."""
+    if max(len(tile.rows), len(tile.columns)) <= SIDE:
+        yield tile
+        return
+    ways = [(tile.rows, tile.columns), (tile.columns, tile.rows)]
+    for rows, columns in ways if tile.both else ways[:1]:
+        size = max(SIDE**2 // len(columns), 1)
+        for start in range(0, len(rows), size):
+            yield Tile(rows[start : start + size], columns)
+
+
+def fixed_subsample(
+    items: Items,
+    max_items: int = 2000,
+    *,
+    speaker: Speaker = "within",
+    context: Context = "within",
+    seed: int = 0,
+) -> Items:
+    """Choose few items that hold many cells, to be scored again and again during training.
+
+    Contexts are drawn whole, in random order, until the items are enough; a single context that is
+    too large is thinned to equally many of each speaker and phone.
+
+    Args:
+        items: The items.
+        max_items: At most about so many; the time of a score grows with their square at worst.
+        speaker: What will be scored.
+        context: Likewise.
+        seed: For the draw; one seed always gives the same items.
+
+    Returns:
+        The items chosen.
+
+    Raises:
+        InputError: An option is out of range, or the items hold no cell.
+    """
+    if max_items < 4:
+        raise InputError(f"max_items {max_items}: give at least 4")
+    coded = encode(items, context, None, seed)
+    blocks = _blocks(coded, speaker)
+    if not blocks:
+        raise no_cells(speaker, context, coded)
+    order = np.random.default_rng(seed).permutation(len(blocks))
+    chosen: list[Integers] = []
+    for i in order.tolist():
+        if sum(map(len, chosen)) + len(blocks[i]) <= max_items:
+            chosen.append(blocks[i])
+    if chosen:
+        return items[np.sort(coded.item[np.concatenate(chosen)])]
+    own = items[np.sort(coded.item[blocks[order[0]]])]
+    size = 2
+    while len(encode(own, context, size + 1, seed).item) <= max_items:
+        size += 1
+    return own[np.sort(encode(own, context, size, seed).item)]
+
+
+def _blocks(coded: Coded, speaker: Speaker) -> list[Integers]:
+    """List sets of items that hold cells of their own."""
+    blocks = []
+    for places in _runs(coded.context, np.arange(len(coded.item))):
+        people = _runs(coded.speaker, places)
+        if speaker == "within":
+            blocks += [own for own in people if _has_cells(coded, own)]
+        elif any(True for _ in _all_across(coded, people, symmetric=True)):
+            blocks.append(places)
+    return blocks
+
+
+def no_cells(speaker: Speaker, context: Context, coded: Coded) -> InputError:
+    """Return the error for items that hold no cell."""
+    if speaker == "across" and len(coded.speakers) < 2:
+        return InputError("across speakers with one speaker: use speaker='within', or add speakers")
+    if len(coded.phones) < 2:
+        return InputError(f"all items are {coded.phones[0]!r}: give at least two phones")
+    twice = (
+        "a phone twice beside another phone"
+        if speaker == "within"
+        else "two phones, one of which another speaker says too"
+    )
+    where = ", in one context" if context == "within" else ""
+    return InputError(f"no valid cell: no speaker says {twice}{where}; add items, or context='any'")
