@@ -87,7 +87,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     """
     for name, (low, high) in RANGES.items():
         value = options.get(name)
-        if value is not None and not low <= value <= high:  # NaN is in no range
+        # A list or a word under the same name is another job's own affair; NaN is in no range.
+        if isinstance(value, int | float) and not low <= value <= high:
             most = "" if high == ANY else f" and at most {high:g}"
             raise InputError(f"{_flag(name)} {value:g}: must be at least {low:g}{most}")
     for name in ("scale", "train_scale"):
