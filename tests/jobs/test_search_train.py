@@ -243,6 +243,7 @@ def same(out, whole):
     assert not list(out.glob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(place, whole):
     out = place / "killed"
     mark = place / "killed.partial" / "train.ckpt"
