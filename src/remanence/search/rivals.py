@@ -174,7 +174,7 @@ def run_rival(
         raise InputError(f"{k} of {len(stored)} base vectors, {threads} threads: give at least 1")
     tell = progress or (lambda _stage, _done, _total: None)
     coder = _open(key, dim)
-    with _threads(threads):
+    with using_threads(threads):
         tell("train", 0, len(learn))
         started = time.perf_counter()
         coder.train(learn)
@@ -343,7 +343,8 @@ def _refusals(key: str) -> Iterator[None]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def using_threads(count: int) -> Iterator[None]:
+    """Give faiss and torch so many threads, and their own number back afterwards."""
     before = faiss.omp_get_max_threads(), torch.get_num_threads()
     faiss.omp_set_num_threads(count)
     torch.set_num_threads(count)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -30,6 +28,7 @@ from remanence.kit.progress import bar, say
 from remanence.kit.run import RunFolder, run_folder
 from remanence.kit.vectors import Vectors, check_same_dimension, open_ids, open_vectors
 from remanence.search.exact import ROWS, exact_neighbours
+from remanence.search.rivals import using_threads
 
 CHECKED = 20  # queries whose given ground truth is computed again
 
@@ -108,7 +107,7 @@ def bench(
             )
         count = threads or torch.get_num_threads()
         state = run.load_state("bench") or {"rows": {}}
-        with _threads(count):
+        with using_threads(count):
             data = _read(sources, groundtruth, state, run, count, seed)
             rows = _run(listed, data, state, run)
         results: dict[str, Any] = {
@@ -254,16 +253,3 @@ def _shared(data: Data) -> dict[str, int]:
         "learn and queries": len(learn & queries),
         "base and queries": len(base & queries),
     }
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Give all libraries so many threads, and their own number back afterwards."""
-    before = faiss.omp_get_max_threads(), torch.get_num_threads()
-    faiss.omp_set_num_threads(count)
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before[0])
-        torch.set_num_threads(before[1])
