@@ -8,18 +8,29 @@ import torch
 from torch import Tensor
 
 from remanence.errors import InputError
+from remanence.speech.wavaugment import random
 from remanence.speech.wavaugment.augmentation import Augmentation
 from remanence.speech.wavaugment.band_reject import to_mel
 from remanence.speech.wavaugment.chain import Chain, OneOf, SomeOf, TwoView, from_recipe
-from remanence.speech.wavaugment.chain_text import from_text
+from remanence.speech.wavaugment.chain_text import OPTIONS, from_text
 from remanence.speech.wavaugment.params import Params
 from remanence.speech.wavaugment.pitch import pitch_shift
 from remanence.speech.wavaugment.random import (
+    RandomBabble,
     RandomBandReject,
+    RandomChunkSwap,
     RandomClip,
+    RandomDither,
+    RandomFrequencyDrop,
+    RandomGain,
     RandomNoise,
     RandomPitch,
+    RandomPolarity,
     RandomReverb,
+    RandomRoom,
+    RandomSpeed,
+    RandomSpliceOut,
+    RandomTempo,
     RandomTimeDrop,
 )
 from remanence.speech.wavaugment.reverb import reverb
@@ -134,7 +145,7 @@ def test_draws_have_their_published_laws() -> None:
     assert (cents.min(), cents.max()) == (-300, 299)
     room = RandomReverb(RATE).sample(n, 100, seeded()).values["room"]
     assert room.unique().tolist() == list(range(100))
-    bands = RandomBandReject(16000).sample(n, 100, seeded()).values
+    bands = RandomBandReject(16000).sample(n // 4, 100, seeded()).values
     low, high = to_mel(bands["low_hz"]), to_mel(bands["high_hz"])
     assert low.min() >= 0
     assert bands["high_hz"].max() < 8000
@@ -270,6 +281,54 @@ def test_a_chain_in_text_is_the_chain_in_python() -> None:
     assert torch.equal(quick, pitch_shift(x, RATE, 100, quality="quick", search="quick"))
 
 
+def test_every_effect_and_nested_chains_can_be_written() -> None:
+    text = (
+        "speed[0.9:1.1,quality=quick],tempo[1.1,search=quick],room[dir=rooms,align=no,energy=no],"
+        "noise[5,dir=n,band=80:400,chain=[reverb[room=20],clip]],babble[0:5,voices=2],"
+        "freqdrop[1:2,width=0.2,transition=50],drop[50,count=1:3,edge=3,fill=noise],"
+        "splice[20,count=2],swap[3,share=0.1],clip[0:1,law=uniform,peak=yes],gain[-6:0],polarity,"
+        "dither[8,p=0.5],oneof[[pitch[100],reverb]],someof[2, of=[ pitch , clip[0.5] ,drop[9]]]"
+    )
+    python = Chain(
+        [
+            RandomSpeed((0.9, 1.1), quality="quick"),
+            RandomTempo(RATE, 1.1, search="quick"),
+            RandomRoom(BANK, align=False, unit_energy=False),
+            RandomNoise(
+                BANK,
+                5.0,
+                band_hz=(80, 400),
+                sample_rate=RATE,
+                chain=Chain([RandomReverb(RATE, room=20), RandomClip()]),
+            ),
+            RandomBabble(2, (0.0, 5.0)),
+            RandomFrequencyDrop(RATE, (1, 2), 0.2, transition_hz=50),
+            RandomTimeDrop(RATE, 50, count=(1, 3), edge_ms=3, fill="noise"),
+            RandomSpliceOut(RATE, 20, count=2),
+            RandomChunkSwap(3, 0.1),
+            RandomClip((0, 1), law="uniform", keep_peak=True),
+            RandomGain((-6, 0)),
+            RandomPolarity(),
+            RandomDither(8, p=0.5),
+            OneOf([RandomPitch(RATE, 100, 100), RandomReverb(RATE)]),
+            SomeOf(2, [RandomPitch(RATE), RandomClip(0.5), RandomTimeDrop(RATE, 9)]),
+        ]
+    )
+    written = from_text(text, RATE, lambda _: BANK)
+    x = waves(3, 1, 900)
+    ours, params = written(x, generator=seeded(), return_params=True)
+    theirs, expected = python(x, generator=seeded(), return_params=True)
+    assert params.values.keys() == expected.values.keys()
+    assert torch.equal(ours, theirs)
+    kinds = {type(effect) for effect in every_effect()}
+    assert kinds | {type(effect) for effect in python.effects} == {
+        *(getattr(random, name) for name in random.__all__),
+        OneOf,
+        SomeOf,
+    }
+    assert set(re.findall("[a-z]+", text)) >= set(OPTIONS) - {"bandreject"}
+
+
 @pytest.mark.parametrize(
     ("text", "column", "word"),
     [
@@ -294,6 +353,20 @@ def test_a_chain_in_text_is_the_chain_in_python() -> None:
         ("clip[nan]", 1, "factor"),
         ("pitch[12.5]", 1, "whole"),
         ("reverb[0:9.5]", 1, "whole"),
+        ("clip,oneof[[pitch,clop]]", 19, "'clop' is no effect"),
+        ("oneof[[pitch,clip[2]]]", 14, "factor"),
+        ("oneof[pitch,clip]", 7, "brackets of its own"),
+        ("oneof", 1, "effects are missing"),
+        ("someof[5,of=[pitch,clip]]", 1, "k 5"),
+        ("oneof[[pitch,clip],p=1]", 20, "no option 'p'"),
+        ("oneof[[pitch,clip]", 6, "never closed"),
+        ("oneof[[pitch]x]", 14, "'x' after ']'"),
+        ("noise[dir=x,band=80]", 13, "low:high"),
+        ("swap[2.5]", 6, "no whole number"),
+        ("dither[16,yes]", 11, "needs its name"),
+        ("clip[1]]", 8, "']' after"),
+        ("room", 1, "room[dir=folder]"),
+        ("drop[50,fill=music]", 9, "silence, noise"),
     ],
 )
 def test_a_wrong_text_is_named_with_its_column(text: str, column: int, word: str) -> None:

@@ -87,6 +87,57 @@ def test_effects_are_the_functions_of_their_names() -> None:
     assert ((dropped == x) | (dropped == 0)).all()
 
 
+def test_the_published_scripts_calls_run() -> None:
+    # The calls of the README, of process_file.py and of librispeech_selfsupervised.py.
+    draw = np.random.default_rng(0)
+    x = wave()
+    info = {"channels": 1, "length": x.size(1), "precision": 32, "rate": 16000.0}
+    info["bits_per_sample"] = 32
+    for chain in (
+        EffectChain().pitch(100).rate(16_000),
+        EffectChain().pitch("-q", lambda: draw.integers(-100, 100)).rate(16_000),
+        EffectChain().pitch("100").rate(16_000).dither(),
+        EffectChain().sinc("-a", "120", lambda: "1200.5-300.25"),
+        EffectChain().reverb(lambda: [50, 50, draw.integers(0, 100)]).channels(),
+        EffectChain().clip(lambda: draw.triangular(0.5, 1, 1)),
+        EffectChain().additive_noise(noise_generator=lambda: torch.ones(1, 8000), snr=10.0),
+        EffectChain()
+        .pitch("-q", lambda: draw.integers(-300, 300))
+        .rate("-q", 16_000)
+        .reverb(50, 50, lambda: draw.integers(0, 100))
+        .channels()
+        .additive_noise(lambda: torch.zeros(1, 8000), 15)
+        .time_dropout(max_seconds=50 / 1000)
+        .sinc("-a", "120", "500-100")
+        .clip(0.9),
+    ):
+        y = chain.apply(x, src_info=info, target_info={**info, "length": 0})
+        assert y.shape == x.shape
+        assert y.isfinite().all()
+        assert not torch.equal(y, x)
+    assert EffectChain().reverb(50, 50, 30).channels().apply(x, info).shape == x.shape
+    assert torch.equal(EffectChain().apply(x[0], src_info=info), x)
+    same = EffectChain().additive_noise(lambda: x, snr=10.0).apply(x, info)
+    torch.testing.assert_close(same, x)
+
+
+def test_lengths_cut_and_fill_up() -> None:
+    x = wave(2)
+    chain = EffectChain().gain(0)
+    assert torch.equal(chain.apply(x, {"rate": RATE, "length": 100}), x[:, :100])
+    assert torch.equal(chain.apply(x, {"rate": RATE}, {"length": 100}), x[:, :100])
+    longer = chain.apply(x, {"rate": RATE}, {"length": 9000})
+    assert torch.equal(longer[:, :8000], x)
+    assert longer[:, 8000:].abs().max() == 0
+    with pytest.raises(InputError, match="length 9000"):
+        chain.apply(x, {"rate": RATE, "length": 9000})
+    assert len(chain) == 1
+    chain.clear()
+    assert len(chain) == 0
+    with pytest.raises(AttributeError, match=r"'flanger'.*reverb"):
+        chain.flanger(3)
+
+
 def test_wrong_calls_are_named() -> None:
     x = wave()
     with pytest.raises(InputError, match="'rate'"):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 import torch
+
+from remanence.kernels import kernel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -104,7 +105,8 @@ class TopK:
         return torch.from_numpy(scores), torch.from_numpy(ids)
 
 
-def _push_all(
+@kernel
+def _push(
     scores: NDArray[np.float32],
     points: NDArray[np.int8],
     ids: NDArray[np.int64],
@@ -152,9 +154,6 @@ def _push_all(
                     place = child
                 heap[place], heap_ids[place] = score, name
                 floor = np.float32(heap[0] - margin[query])
-
-
-_push = numba.njit(nogil=True)(_push_all)
 
 
 def padded(columns: int) -> int:

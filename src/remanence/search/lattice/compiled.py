@@ -1,19 +1,14 @@
-"""The codec on the processor, compiled: the results of the torch code, bit for bit, but quicker.
-
-Kernels are compiled when first called, once a process and type, which takes some seconds for all of
-them. They are not kept on disk: numba raises where no folder can be written or the disk is
-full, and that would be in the middle of a query.
-"""
+"""The codec on the processor, compiled: the results of the torch code, bit for bit, but quicker."""
 
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 import torch
+
+from remanence.kernels import in_threads, kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    Function = TypeVar("Function", bound=Callable[..., Any])
     Integers = NDArray[np.int64]
     Limbs = NDArray[np.uint64]
 
@@ -58,11 +52,10 @@ class Nearest:
         rows = x.detach().contiguous().numpy()
         points = np.empty(rows.shape, np.int8)
 
-        def run(start: int, stop: int) -> int:
+        def run(start: int, stop: int) -> None:
             _nearest(rows[start:stop], points[start:stop], *self._shell)
-            return -1
 
-        _in_threads(run, len(rows))
+        in_threads(run, len(rows), len(rows) // SHARE)
         return torch.from_numpy(points)
 
 
@@ -107,9 +100,10 @@ class Numbering:
         codes = np.empty((len(rows), self._nbytes), np.uint8)
 
         def run(start: int, stop: int) -> int:
-            return _rank(rows[start:stop], codes[start:stop], *self._ranks)
+            refused = _rank(rows[start:stop], codes[start:stop], *self._ranks)
+            return start + refused if refused >= 0 else -1
 
-        return torch.from_numpy(codes), _in_threads(run, len(rows))
+        return torch.from_numpy(codes), _first_refused(run, len(rows))
 
     def unrank(self, codes: Tensor) -> tuple[Tensor, int]:
         """Return the words (n, length), int8, and the first row that is too large, or -1."""
@@ -117,24 +111,15 @@ class Numbering:
         words = np.empty((len(rows), self._length), np.int8)
 
         def run(start: int, stop: int) -> int:
-            return _unrank(rows[start:stop], words[start:stop], *self._unranks)
+            refused = _unrank(rows[start:stop], words[start:stop], *self._unranks)
+            return start + refused if refused >= 0 else -1
 
-        return torch.from_numpy(words), _in_threads(run, len(rows))
+        return torch.from_numpy(words), _first_refused(run, len(rows))
 
 
-def _in_threads(run: Callable[[int, int], int], rows: int) -> int:
-    """Run on parts of the rows, in as many threads as torch uses.
-
-    Returns:
-        The first row that a part reports, or -1.
-    """
-    parts = max(min(torch.get_num_threads(), rows // SHARE), 1)
-    if parts == 1:
-        return run(0, rows)
-    edges = [rows * i // parts for i in range(parts + 1)]
-    with ThreadPoolExecutor(parts) as pool:
-        found = list(pool.map(run, edges[:-1], edges[1:]))
-    return next((edge + row for edge, row in zip(edges, found, strict=False) if row >= 0), -1)
+def _first_refused(run: Callable[[int, int], int], rows: int) -> int:
+    """Return the first row that a stretch refuses, or -1."""
+    return next((row for row in in_threads(run, rows, rows // SHARE) if row >= 0), -1)
 
 
 def _network(n: int) -> Integers:
@@ -161,12 +146,7 @@ def _squares(r2: int) -> NDArray[np.bool_]:
     return sums
 
 
-def _kernel(function: Function) -> Function:
-    """Compile a function, to run without the interpreter's lock."""
-    return cast("Function", numba.njit(nogil=True, error_model="numpy")(function))
-
-
-@_kernel
+@kernel
 def _sort(
     x: NDArray[Any],
     start: int,
@@ -196,7 +176,7 @@ def _sort(
             keys[j, row] = min(a, b)
 
 
-@_kernel
+@kernel
 def _find_peaks(s: Integers, r2: int, peaks: Integers) -> int:
     """Return the multiplier whose peaks, which are found too, come closest to the norm."""
     d, top = len(s), len(peaks) - 2
@@ -232,7 +212,7 @@ def _find_peaks(s: Integers, r2: int, peaks: Integers) -> int:
     return m
 
 
-@_kernel
+@kernel
 def _descend(
     sums: Integers,
     m: int,
@@ -286,7 +266,7 @@ def _descend(
     return found
 
 
-@_kernel
+@kernel
 def _nearest(
     x: NDArray[Any],
     points: NDArray[np.int8],
@@ -329,7 +309,7 @@ def _nearest(
                 points[start + row, i] = -v if x[start + row, i] < 0 else v
 
 
-@_kernel
+@kernel
 def _rank(
     words: NDArray[Any],
     codes: NDArray[np.uint8],
@@ -367,7 +347,7 @@ def _rank(
     return -1
 
 
-@_kernel
+@kernel
 def _unrank(
     codes: NDArray[np.uint8],
     words: NDArray[np.int8],

@@ -15,15 +15,27 @@ from torch import Tensor, nn
 
 from remanence.errors import InputError
 from remanence.speech.wavaugment.params import Params
+from remanence.speech.wavaugment.trust import trusting
 from remanence.speech.wavaugment.waves import as_waves
 
 
 class Augmentation(nn.Module, ABC):
     """A random effect, or a chain of them. Identity in eval mode unless `always`.
 
+    In a training step it is a layer like any other, on the waves' device:
+
+        augment = Chain([RandomPitch(16000), RandomReverb(16000)]).to(device)
+        for waves, lengths in loader:                   # see `adapters.pad_collate`
+            loss = model(augment(waves.to(device), lengths)).backward()
+
     Args:
         always: augment in eval mode too.
+
+    Attributes:
+        changes_ends: whether examples may end sooner than they did; `ends` says where.
     """
+
+    changes_ends: bool = False
 
     def __init__(self, *, always: bool = False) -> None:
         super().__init__()
@@ -46,7 +58,20 @@ class Augmentation(nn.Module, ABC):
 
     @abstractmethod
     def run(self, rows: Tensor, lengths: Tensor | None, params: Params) -> Tensor:
-        """Apply drawn parameters to (B, C, T) rows."""
+        """Apply drawn parameters to (B, C, T) rows; lengths are on the CPU."""
+
+    def ends(self, lengths: Tensor, params: Params) -> Tensor:
+        """Where examples end afterwards: sooner than before only after speed, tempo, splices.
+
+        Args:
+            lengths: valid samples before, (B,).
+            params: what was drawn.
+
+        Returns:
+            Valid samples afterwards, (B,) int64; what lies past them is 0.
+        """
+        del params
+        return lengths
 
     @overload
     def forward(
@@ -83,7 +108,8 @@ class Augmentation(nn.Module, ABC):
 
         Args:
             wave: floats (T,), (C, T) or (B, C, T).
-            lengths: valid samples of each row, (B,); what lies past them comes back as 0.
+            lengths: valid samples of each row, (B,), best on the CPU; what lies past them comes
+                back as 0.
             generator: on the CPU, for the draw.
             params: parameters to replay instead of a draw.
             return_params: also return the parameters; in eval mode, such as touch no row.
@@ -110,7 +136,8 @@ class Augmentation(nn.Module, ABC):
             params = self.sample(batch, time if ends is None else ends, generator)
         if len(params) != batch:
             raise InputError(f"parameters are for {len(params)} rows and the wave has {batch}")
-        out = waves.restore(self.run(waves.wave, ends, params))
+        with trusting():
+            out = waves.restore(self.run(waves.wave, ends, params))
         return (out, params) if return_params else out
 
 
@@ -144,18 +171,24 @@ class RandomEffect(Augmentation):
         chosen = params.values["apply"].nonzero()[:, 0]
         if len(chosen) == 0:
             return rows
+        some = self.select(rows, lengths, params, chosen)
+        if len(chosen) == len(rows):
+            return some
+        return rows.index_copy(0, chosen.to(rows.device), some)
+
+    def select(
+        self, rows: Tensor, lengths: Tensor | None, params: Params, chosen: Tensor
+    ) -> Tensor:
+        """The effect on the rows numbered `chosen`, (N,) on the CPU and in order: (N, C, T)."""
         if len(chosen) == len(rows):
             return self.effect(rows, lengths, params.values)
-        index = chosen.to(rows.device)
-        some = self.effect(
-            rows[index], None if lengths is None else lengths[chosen], params[chosen].values
-        )
-        return rows.index_copy(0, index, some)
+        ends = None if lengths is None else lengths[chosen]
+        return self.effect(rows[chosen.to(rows.device)], ends, params[chosen].values)
 
     @abstractmethod
     def draw(self, lengths: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
         """Parameters of len(lengths) rows."""
 
-    @abstractmethod
     def effect(self, rows: Tensor, lengths: Tensor | None, values: dict[str, Tensor]) -> Tensor:
-        """The effect on (B, C, T) rows."""
+        """The effect on (B, C, T) rows, each by itself."""
+        raise NotImplementedError

@@ -11,12 +11,24 @@ from remanence.errors import InputError
 from remanence.speech.wavaugment.augmentation import Augmentation
 from remanence.speech.wavaugment.levels import saturate
 from remanence.speech.wavaugment.params import Params
-from remanence.speech.wavaugment.random import RandomNoise, RandomPitch, RandomReverb
+from remanence.speech.wavaugment.random import (
+    RandomBabble,
+    RandomChunkSwap,
+    RandomClip,
+    RandomFrequencyDrop,
+    RandomGain,
+    RandomNoise,
+    RandomPitch,
+    RandomPolarity,
+    RandomReverb,
+    RandomSpeed,
+    RandomTimeDrop,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-RECIPES = ("cpc2", "cpc2-community")
+RECIPES = ("cpc2", "cpc2-community", "wav2aug-top3", "wav2aug-top6", "wav2aug-top9")
 View = Literal["past", "future", "both", "same"]
 
 
@@ -39,6 +51,7 @@ class Chain(Augmentation):
             raise InputError("a chain needs an effect: give at least one")
         self.effects = nn.ModuleList(effects)
         self.saturate = saturate
+        self.changes_ends = any(effect.changes_ends for effect in effects)
 
     def sample(
         self, batch_size: int, lengths: Tensor | int, generator: torch.Generator | None = None
@@ -54,10 +67,20 @@ class Chain(Augmentation):
     def run(self, rows: Tensor, lengths: Tensor | None, params: Params) -> Tensor:
         """Apply drawn parameters to (B, C, T) rows."""
         for place, effect in enumerate(self._members()):
-            rows = effect.run(rows, lengths, params.under(str(place)))
+            own = params.under(str(place))
+            rows = effect.run(rows, lengths, own)
             if self.saturate:
                 rows = saturate(rows)
+            if effect.changes_ends:
+                before = torch.full((len(rows),), rows.shape[-1]) if lengths is None else lengths
+                lengths = effect.ends(before, own)
         return rows
+
+    def ends(self, lengths: Tensor, params: Params) -> Tensor:
+        """Where examples end after all effects; see `Augmentation.ends`."""
+        for place, effect in enumerate(self._members()):
+            lengths = effect.ends(lengths, params.under(str(place)))
+        return lengths
 
     def _members(self) -> list[Augmentation]:
         return [effect for effect in self.effects if isinstance(effect, Augmentation)]
@@ -119,11 +142,16 @@ class OneOf(SomeOf):
 def from_recipe(
     name: str, sample_rate: int, noise: Tensor | Sequence[Tensor], *, always: bool = False
 ) -> Chain:
-    """Build a published recipe: pitch, additive noise, reverberation, in that order.
+    """Build a published recipe.
 
-    - `cpc2`: -300..299 cents; 5..15 dB; reverberance 50, damping 50, room 0..99 (arXiv 2007.00991).
-    - `cpc2-community`: as later code has it: RMS and peak normalised noise at 5..20 dB;
-      reverberance 0..100, damping 100, room 0..99.
+    - `cpc2`: pitch by -300..299 cents; noise at 5..15 dB; reverberance 50, damping 50, room 0..99
+      (arXiv 2007.00991).
+    - `cpc2-community`: the same effects as later code has them: RMS and peak normalised noise at
+      5..20 dB; reverberance 0..100, damping 100, room 0..99.
+    - `wav2aug-top3`, `-top6`, `-top9`: for each example two distinct effects, evenly drawn, of the
+      first so many of noise, frequency drop, time drop, speed, clip, chunk swap, babble, gain and
+      polarity, the order in which the authors of wav2aug found them useful, with its ranges. Speed
+      ends an example sooner (`ends`), and babble needs the batch as a whole.
 
     Args:
         name: of the recipe.
@@ -137,13 +165,26 @@ def from_recipe(
     Raises:
         InputError: an unknown recipe, or no noise.
     """
-    pitch = RandomPitch(sample_rate)
     if name == "cpc2":
-        return Chain([pitch, RandomNoise(noise), RandomReverb(sample_rate)], always=always)
+        pitch, room = RandomPitch(sample_rate), RandomReverb(sample_rate)
+        return Chain([pitch, RandomNoise(noise), room], always=always)
     if name == "cpc2-community":
         mixed = RandomNoise(noise, (5.0, 20.0), mix="rms_peak")
         room = RandomReverb(sample_rate, reverberance=(0.0, 100.0), damping=100.0)
-        return Chain([pitch, mixed, room], always=always)
+        return Chain([RandomPitch(sample_rate), mixed, room], always=always)
+    if name in RECIPES:
+        useful: list[Augmentation] = [
+            RandomNoise(noise, (0.0, 10.0)),
+            RandomFrequencyDrop(sample_rate, (1, 8), 0.2),
+            RandomTimeDrop(sample_rate, 250.0, count=(1, 8)),
+            RandomSpeed((0.9, 1.1)),
+            RandomClip((0.0, 0.75), law="uniform", keep_peak=True),
+            RandomChunkSwap(4, 0.01),
+            RandomBabble(16, (0.0, 20.0)),
+            RandomGain((-26.0, -6.0)),
+            RandomPolarity(p=0.6),
+        ]
+        return SomeOf(2, useful[: int(name[-1])], always=always)
     raise InputError(f"recipe {name!r} is unknown: give one of {RECIPES}")
 
 

@@ -1,14 +1,27 @@
 """Chains written as text: `pitch[-300:300],noise[dir=street,snr=5:15],reverb[room=0:100]`.
 
-An effect is a name and, in brackets, options: `key=value`, a number, a range `low:high` or a word.
-The effect's main option may stand without its key, first. Every effect takes `p`.
+An effect is a name and, in brackets, options: `key=value`, a number, a range `low:high`, a word, or
+a chain in brackets of its own. The effect's main option may stand without its key, first. Every
+effect but `oneof` and `someof` takes `p`, the share of examples that it touches.
 
     pitch       cents (main), quality, search
+    speed       factor (main), quality
+    tempo       factor (main), search
     reverb      room (main), reverberance, damping, depth, delay, wet
-    noise       snr (main), dir, mix
+    room        dir (main), align, energy
+    noise       snr (main), dir, mix, band, chain
+    babble      snr (main), voices
     bandreject  scaler (main), transition
-    drop        ms (main), count, edge
-    clip        factor (main)
+    freqdrop    count (main), width, transition
+    drop        ms (main), count, edge, fill
+    splice      ms (main), count
+    swap        chunks (main), share
+    clip        factor (main), law, peak
+    gain        db (main)
+    polarity
+    dither      bits (main)
+    oneof       of (main): `oneof[[pitch,clip[0.5:1]]]`, one of them for each example
+    someof      k (main), of: `someof[2,of=[pitch,drop,reverb]]`
 """
 
 from __future__ import annotations
@@ -18,25 +31,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from remanence.errors import InputError
-from remanence.speech.wavaugment.chain import Chain
-from remanence.speech.wavaugment.random import (
-    RandomBandReject,
-    RandomClip,
-    RandomNoise,
-    RandomPitch,
-    RandomReverb,
-    RandomTimeDrop,
-)
+from remanence.speech.wavaugment import random
+from remanence.speech.wavaugment.chain import Chain, OneOf, SomeOf
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
-    from remanence.speech.wavaugment.augmentation import RandomEffect
+    from remanence.speech.wavaugment.augmentation import Augmentation
 
     OpenNoise = Callable[[str], Tensor | Sequence[Tensor]]
 
+_COUNT = {"count": ("count", "range")}
+_SLOPES = {"transition": ("transition_hz", "number")}
 # Options by effect, the main one first: what they are called in Python, and what they take.
 OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "pitch": {
@@ -44,6 +52,8 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "quality": ("quality", "high|quick"),
         "search": ("search", "full|quick"),
     },
+    "speed": {"factor": ("factor", "range"), "quality": ("quality", "high|quick")},
+    "tempo": {"factor": ("factor", "range"), "search": ("search", "full|quick")},
     "reverb": {
         "room": ("room", "range"),
         "reverberance": ("reverberance", "range"),
@@ -52,28 +62,57 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "delay": ("pre_delay_ms", "range"),
         "wet": ("wet_db", "range"),
     },
+    "room": {
+        "dir": ("source", "word"),
+        "align": ("align", "yes|no"),
+        "energy": ("unit_energy", "yes|no"),
+    },
     "noise": {
         "snr": ("snr", "range"),
         "dir": ("source", "word"),
         "mix": ("mix", "rms|wavaugment|rms_peak"),
+        "band": ("band_hz", "pair"),
+        "chain": ("chain", "chain"),
     },
-    "bandreject": {"scaler": ("scaler", "number"), "transition": ("transition_hz", "number")},
+    "babble": {"snr": ("snr", "range"), "voices": ("voices", "whole")},
+    "bandreject": {"scaler": ("scaler", "number"), **_SLOPES},
+    "freqdrop": {**_COUNT, "width": ("width", "number"), **_SLOPES},
     "drop": {
         "ms": ("max_ms", "number"),
-        "count": ("count", "whole"),
+        **_COUNT,
         "edge": ("edge_ms", "number"),
+        "fill": ("fill", "silence|noise"),
     },
-    "clip": {"factor": ("factor", "range")},
+    "splice": {"ms": ("max_ms", "number"), **_COUNT},
+    "swap": {"chunks": ("chunks", "whole"), "share": ("share", "number")},
+    "clip": {
+        "factor": ("factor", "range"),
+        "law": ("law", "triangular|uniform"),
+        "peak": ("keep_peak", "yes|no"),
+    },
+    "gain": {"db": ("db", "range")},
+    "polarity": {},
+    "dither": {"bits": ("bits", "whole")},
+    "oneof": {"of": ("effects", "chain")},
+    "someof": {"k": ("k", "whole"), "of": ("effects", "chain")},
 }
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One effect as written, and the column where it begins, from 1."""
-
-    name: str
-    options: list[tuple[str, int]]
-    column: int
+_WITH_RATE: dict[str, Callable[..., Augmentation]] = {
+    "tempo": random.RandomTempo,
+    "reverb": random.RandomReverb,
+    "bandreject": random.RandomBandReject,
+    "freqdrop": random.RandomFrequencyDrop,
+    "drop": random.RandomTimeDrop,
+    "splice": random.RandomSpliceOut,
+}
+_WITHOUT_RATE: dict[str, Callable[..., Augmentation]] = {
+    "speed": random.RandomSpeed,
+    "babble": random.RandomBabble,
+    "swap": random.RandomChunkSwap,
+    "clip": random.RandomClip,
+    "gain": random.RandomGain,
+    "polarity": random.RandomPolarity,
+    "dither": random.RandomDither,
+}
 
 
 def from_text(
@@ -89,7 +128,8 @@ def from_text(
     Args:
         text: see the module.
         sample_rate: Hz.
-        open_noise: makes a noise bank of what `dir` names; needed only where a chain has noise.
+        open_noise: makes a bank of what `dir` names, noise or impulse responses; needed only where
+            a chain has `noise` or `room`.
         saturate: cut off at full scale after each effect.
         always: augment in eval mode too.
 
@@ -99,107 +139,163 @@ def from_text(
     Raises:
         InputError: the text is no chain; the message gives the column, from 1.
     """
-    effects = []
-    for step in _steps(text):
-        given = _options(text, step)
-        try:
-            effects.append(_effect(step.name, given, sample_rate, open_noise))
-        except InputError as error:
-            raise _wrong(text, step.column, f"{step.name}: {error}") from error
+    effects = _Reader(text, sample_rate, open_noise).effects(0, len(text))
     return Chain(effects, saturate=saturate, always=always)
 
 
-def _wrong(text: str, column: int, what: str) -> InputError:
-    return InputError(f"chain {text!r}, column {column}: {what}")
+@dataclass(frozen=True)
+class _Reader:
+    """A text and what its effects need. Places are counted from 0, columns in errors from 1."""
 
+    text: str
+    sample_rate: int
+    open_noise: OpenNoise | None
 
-def _steps(text: str) -> list[_Step]:
-    steps, at = [], 0
-    while True:
-        found = re.compile(r"\s*([A-Za-z_]+)\s*").match(text, at)
-        if not found:
-            raise _wrong(text, at + 1, f"an effect must stand here: one of {', '.join(OPTIONS)}")
-        name, column = found[1], found.start(1) + 1
+    def wrong(self, place: int, what: str) -> InputError:
+        return InputError(f"chain {self.text!r}, column {place + 1}: {what}")
+
+    def effects(self, begin: int, end: int) -> list[Augmentation]:
+        """The effects written between two places."""
+        found = []
+        for first, last in self.parts(begin, end):
+            name = re.compile(r"[A-Za-z_]+").match(self.text, first, last)
+            if not name:
+                known = ", ".join(OPTIONS)
+                raise self.wrong(first, f"an effect must stand here: one of {known}")
+            found.append(self.effect(name[0], first, name.end(), last))
+        return found
+
+    def parts(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """What stands between the commas outside brackets, without the spaces around it."""
+        at = begin
+        while at <= end:
+            stop = at
+            while stop < end and self.text[stop] != ",":
+                stop = self.closing(stop, end) + 1 if self.text[stop] == "[" else stop + 1
+            first = at + len(self.text[at:stop]) - len(self.text[at:stop].lstrip())
+            yield first, max(first, at + len(self.text[at:stop].rstrip()))
+            at = stop + 1
+
+    def closing(self, opening: int, end: int) -> int:
+        """The place of the bracket that closes another."""
+        depth = 0
+        for place in range(opening, end):
+            depth += {"[": 1, "]": -1}.get(self.text[place], 0)
+            if depth == 0:
+                return place
+        raise self.wrong(opening, "this bracket is never closed: add ']'")
+
+    def inside(self, opening: int, end: int) -> tuple[int, int]:
+        """What stands in the brackets that open here and must close at the end."""
+        close = self.closing(opening, end)
+        after = (
+            close + 1 + len(self.text[close + 1 : end]) - len(self.text[close + 1 : end].lstrip())
+        )
+        if after < end:
+            raise self.wrong(after, f"{self.text[after]!r} after ']': put ',' between effects")
+        return opening + 1, close
+
+    def effect(self, name: str, first: int, at: int, end: int) -> Augmentation:
+        """The effect whose name ends at a place, with the options behind it."""
         if name not in OPTIONS:
-            raise _wrong(text, column, f"{name!r} is no effect: use one of {', '.join(OPTIONS)}")
-        at, options = found.end(), []
-        if text[at : at + 1] == "[":
-            close = text.find("]", at)
-            if close < 0:
-                raise _wrong(text, at + 1, "this bracket is never closed: add ']'")
-            begin = at + 1
-            for part in text[begin:close].split(","):
-                options.append((part, begin + 1 + len(part) - len(part.lstrip())))
-                begin += len(part) + 1
-            at = close + 1 + len(text[close + 1 :]) - len(text[close + 1 :].lstrip())
-        steps.append(_Step(name, options, column))
-        if at == len(text):
-            return steps
-        if text[at] != ",":
-            raise _wrong(text, at + 1, f"{text[at]!r} after an effect: put ',' between effects")
-        at += 1
+            raise self.wrong(first, f"{name!r} is no effect: use one of {', '.join(OPTIONS)}")
+        at += len(self.text[at:end]) - len(self.text[at:end].lstrip())
+        given: dict[str, Any] = {}
+        if at < end:
+            if self.text[at] != "[":
+                raise self.wrong(at, f"{self.text[at]!r} after an effect: put ',' between effects")
+            given = self.options(name, *self.inside(at, end))
+        try:
+            return self.build(name, given)
+        except InputError as error:
+            raise self.wrong(first, f"{name}: {error}") from error
+
+    def options(self, name: str, begin: int, end: int) -> dict[str, Any]:
+        """Python's names and values of an effect's options."""
+        known = dict(OPTIONS[name])
+        if name not in ("oneof", "someof"):
+            known["p"] = ("p", "number")
+        given: dict[str, Any] = {}
+        for place, (first, last) in enumerate(self.parts(begin, end)):
+            named = re.compile(r"([^\[=]*)=\s*").match(self.text, first, last)
+            if not named and place:
+                raise self.wrong(
+                    first, f"{self.text[first:last]!r} needs its name: write key=value"
+                )
+            key = named[1].strip() if named else next(iter(known))
+            if key not in known:
+                choice = ", ".join(known)
+                raise self.wrong(first, f"{name} has no option {key!r}: use one of {choice}")
+            option, kind = known[key]
+            if option in given:
+                raise self.wrong(first, f"{key!r} is given twice")
+            start = named.end() if named else first
+            if kind == "chain":
+                given[option] = self.chain(start, last)
+            else:
+                try:
+                    given[option] = _value(self.text[start:last], kind)
+                except InputError as error:
+                    raise self.wrong(first, str(error)) from None
+        return given
+
+    def chain(self, begin: int, end: int) -> list[Augmentation]:
+        """The effects of a chain in brackets."""
+        if begin == end or self.text[begin] != "[":
+            raise self.wrong(begin, "a chain must stand here in brackets of its own: [pitch,clip]")
+        return self.effects(*self.inside(begin, end))
+
+    def build(self, name: str, given: dict[str, Any]) -> Augmentation:
+        """The effect of Python's names and values."""
+        if name == "pitch":
+            cents = given.pop("cents", (-300, 300))
+            low, high = cents if isinstance(cents, tuple) else (cents, cents)
+            return random.RandomPitch(self.sample_rate, low, high, **given)
+        if name in ("noise", "room"):
+            bank = self.bank(name, given)
+            if name == "room":
+                return random.RandomRoom(bank, **given)
+            if "chain" in given:
+                given["chain"] = Chain(given["chain"])
+            return random.RandomNoise(bank, sample_rate=self.sample_rate, **given)
+        if name in ("oneof", "someof"):
+            if "effects" not in given:
+                raise InputError(f"its effects are missing: write {name}[of=[pitch,clip]]")
+            return OneOf(**given) if name == "oneof" else SomeOf(**{"k": 2, **given})
+        if name in _WITH_RATE:
+            return _WITH_RATE[name](self.sample_rate, **given)
+        return _WITHOUT_RATE[name](**given)
+
+    def bank(self, name: str, given: dict[str, Any]) -> Tensor | Sequence[Tensor]:
+        """What `dir` names, opened."""
+        if "source" not in given:
+            raise InputError(f"dir is missing: say where it lies, as in {name}[dir=folder]")
+        if self.open_noise is None:
+            raise InputError(f"nothing opens {name} here: give open_noise")
+        return self.open_noise(given.pop("source"))
 
 
-def _options(text: str, step: _Step) -> dict[str, Any]:
-    """Python's names and values of a step's options."""
-    known = {**OPTIONS[step.name], "p": ("p", "number")}
-    given: dict[str, Any] = {}
-    for place, (part, column) in enumerate(step.options):
-        key, equals, value = part.partition("=")
-        if not equals:
-            if place:
-                raise _wrong(text, column, f"{part.strip()!r} needs its name: write key=value")
-            key, value = next(iter(known)), part
-        key = key.strip()
-        if key not in known:
-            raise _wrong(
-                text, column, f"{step.name} has no option {key!r}: use one of {', '.join(known)}"
-            )
-        name, kind = known[key]
-        if name in given:
-            raise _wrong(text, column, f"{key!r} is given twice")
-        given[name] = _value(text, column, value.strip(), kind)
-    return given
-
-
-def _value(text: str, column: int, value: str, kind: str) -> Any:
+def _value(value: str, kind: str) -> Any:
     if "|" in kind:
         if value not in kind.split("|"):
-            raise _wrong(text, column, f"{value!r} is none of {kind.replace('|', ', ')}")
-        return value
+            raise InputError(f"{value!r} is none of {kind.replace('|', ', ')}")
+        return value == "yes" if kind == "yes|no" else value
     if kind == "word":
         if not value:
-            raise _wrong(text, column, "a name must follow '='")
+            raise InputError("a name must follow '='")
         return value
     try:
         if kind == "whole":
             return int(value)
         numbers = tuple(float(number) for number in value.split(":"))
     except ValueError:
-        raise _wrong(text, column, f"{value!r} is no number") from None
-    if len(numbers) > (2 if kind == "range" else 1):
-        wanted = "one number or low:high" if kind == "range" else "one number"
-        raise _wrong(text, column, f"{value!r} is too much: give {wanted}")
+        wanted = "whole number" if kind == "whole" else "number"
+        raise InputError(f"{value!r} is no {wanted}") from None
+    fits, wanted = {
+        "number": ((1,), "one number"),
+        "range": ((1, 2), "one number or low:high"),
+        "pair": ((2,), "low:high"),
+    }[kind]
+    if len(numbers) not in fits:
+        raise InputError(f"{value!r} does not fit: give {wanted}")
     return numbers if len(numbers) == 2 else numbers[0]
-
-
-def _effect(
-    name: str, given: dict[str, Any], sample_rate: int, open_noise: OpenNoise | None
-) -> RandomEffect:
-    if name == "pitch":
-        cents = given.pop("cents", (-300, 300))
-        low, high = cents if isinstance(cents, tuple) else (cents, cents)
-        return RandomPitch(sample_rate, low, high, **given)
-    if name == "reverb":
-        return RandomReverb(sample_rate, **given)
-    if name == "bandreject":
-        return RandomBandReject(sample_rate, **given)
-    if name == "drop":
-        return RandomTimeDrop(sample_rate, **given)
-    if name == "clip":
-        return RandomClip(**given)
-    if "source" not in given:
-        raise InputError("dir is missing: say where the noise lies, as in noise[dir=street]")
-    if open_noise is None:
-        raise InputError("nothing opens noise here: give open_noise")
-    return RandomNoise(open_noise(given.pop("source")), **given)

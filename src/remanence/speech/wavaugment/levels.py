@@ -64,13 +64,27 @@ def dither(wave: Tensor, *, bits: int = 16, generator: torch.Generator | None = 
     Raises:
         InputError: bits out of range.
     """
-    if not 1 <= bits <= 24:
-        raise InputError(f"bits {bits} lies outside 1..24")
-    steps = 2.0 ** (bits - 1)
     where = wave.device if generator is None else generator.device
     draws = torch.rand(2, *wave.shape, generator=generator, device=where).to(wave.device)
-    noisy = (wave.double() * steps + draws.double().sum(0) - 1 + 0.5).floor()
+    return round_to_bits(wave, draws.double().sum(0) - 1, bits)
+
+
+def round_to_bits(wave: Tensor, noise: Tensor, bits: int) -> Tensor:
+    """Add noise, in steps of 2^(1-bits) and of the wave's shape, and round to whole steps.
+
+    Raises:
+        InputError: bits outside 1..24.
+    """
+    check_bits(bits)
+    steps = 2.0 ** (bits - 1)
+    noisy = (wave.double() * steps + noise + 0.5).floor()
     return (noisy.clamp(-steps, steps - 1) / steps).to(wave.dtype)
+
+
+def check_bits(bits: int) -> None:
+    """Raise InputError unless dither can round to so many bits."""
+    if not 1 <= bits <= 24:
+        raise InputError(f"bits {bits} lies outside 1..24")
 
 
 def to_channels(wave: Tensor, count: int) -> Tensor:

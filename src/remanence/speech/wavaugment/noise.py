@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from remanence.errors import InputError
-from remanence.speech.wavaugment.waves import Waves, as_waves, per_example
+from remanence.speech.wavaugment.waves import Waves, as_waves, fits, per_example
 
 Mix = Literal["rms", "wavaugment", "rms_peak"]
 
@@ -53,10 +54,23 @@ def add_noise(
     """
     if mix not in get_args(Mix):
         raise InputError(f"mix {mix!r} is unknown: give one of {get_args(Mix)}")
+    if snr_db is None:
+        raise InputError("snr_db is None: give the ratio in dB")
     waves = as_waves(wave, lengths)
-    x = waves.wave.double()
-    ratio = per_example("snr_db", snr_db, len(x), x.device)[:, None, None]
-    n = _looped(waves, noise, offsets, noise_lengths)
+    decibels = per_example("snr_db", snr_db, len(waves.wave), waves.wave.device)
+    source, starts = _source(waves, noise, offsets, noise_lengths)
+    if mix == "rms" and fits(waves.wave) and fits(source.wave) and source.wave.shape[1] == 1:
+        from remanence.speech.wavaugment.compiled import mixed as compiled  # numba takes time
+
+        rows, time = len(source.wave), source.wave.shape[-1]
+        firsts = torch.arange(rows) * time if rows > 1 else torch.zeros(1, dtype=torch.int64)
+        ends = source.lengths
+        first, end, start = (v.expand(len(decibels)) for v in (firsts, ends, starts))
+        ratio = 10 ** (-decibels / 20)
+        out = compiled(waves.wave, waves.lengths, source.wave.flatten(), (first, end, start), ratio)
+        return waves.restore(out)
+    x, ratio = waves.wave.double(), decibels[:, None, None]
+    n = _looped(waves, source, starts)
     if mix == "wavaugment":
         r = 10 ** (ratio / 10)
         return waves.restore((r * x + n) / (1 + r))
@@ -75,11 +89,11 @@ def add_noise(
     return waves.restore(torch.where(audible, mixed, x))
 
 
-def _looped(
+def _source(
     waves: Waves, noise: Tensor, offsets: Tensor | int, noise_lengths: Tensor | None
-) -> Tensor:
-    """The noise under each row: (B, C or 1, T) float64, zero past the wave's lengths."""
-    batch, channels, time = waves.wave.shape
+) -> tuple[Waves, Tensor]:
+    """The noise on the wave's device, checked, and where each row starts in it, (B,) or ()."""
+    batch, channels, _ = waves.wave.shape
     if noise.ndim not in (1, len(waves.shape)):
         raise InputError(
             f"noise has shape {tuple(noise.shape)} and the wave {waves.shape}: give (T',), or as"
@@ -92,12 +106,22 @@ def _looped(
             f"noise has {rows.shape[0]} rows of {rows.shape[1]} channels: give 1 or {batch} rows,"
             f" 1 or {channels} channels"
         )
-    ends = source.lengths.to(rows.device).expand(batch)
-    if bool((ends < 1).any()):
+    # Looked at where they were given: on a GPU a look waits for all that runs there.
+    if noise_lengths is not None and bool((torch.as_tensor(noise_lengths) < 1).any()):
         raise InputError("noise_lengths hold 0: leave empty noise out")
-    starts = torch.as_tensor(offsets, device=rows.device).expand(batch)
+    starts = torch.as_tensor(offsets)
     if starts.is_floating_point() or bool((starts < 0).any()):
         raise InputError("offsets must be whole samples, 0 or more")
+    return replace(source, wave=rows, lengths=source.lengths.to(rows.device)), starts.to(
+        rows.device
+    )
+
+
+def _looped(waves: Waves, source: Waves, starts: Tensor) -> Tensor:
+    """The noise under each row: (B, C or 1, T) float64, zero past the wave's lengths."""
+    batch, _, time = waves.wave.shape
+    rows = source.wave
+    ends, starts = (v.expand(batch) for v in (source.lengths, starts))
     index = (starts[:, None] + torch.arange(time, device=rows.device)) % ends[:, None]
     looped = rows.expand(batch, -1, -1).gather(-1, index[:, None].expand(-1, rows.shape[1], -1))
     return looped.double() * waves.valid()
@@ -119,15 +143,34 @@ def babble(wave: Tensor, voices: Tensor, *, lengths: Tensor | None = None) -> Te
     """
     waves = as_waves(wave, lengths)
     batch = len(waves.wave)
-    rows = torch.as_tensor(voices).to(wave.device)
-    own = torch.arange(batch, device=wave.device)[:, None]
-    if rows.ndim != 2 or len(rows) != batch or bool(((rows < -1) | (rows >= batch)).any()):
+    rows = torch.as_tensor(voices)
+    if rows.ndim != 2 or len(rows) != batch:
         raise InputError(f"voices must be ({batch}, K) rows -1..{batch - 1}")
-    if bool((rows == own).any()):
+    return sum_rows(waves.wave, rows, torch.arange(batch))
+
+
+def sum_rows(rows: Tensor, voices: Tensor, own: Tensor) -> Tensor:
+    """Sum the voices of some rows only.
+
+    Args:
+        rows: (B, C, T) floats, zero past each row's length.
+        voices: (N, K) rows on the CPU, -1 for none.
+        own: (N,) the row that the voices talk over, on the CPU.
+
+    Returns:
+        (N, C, T).
+
+    Raises:
+        InputError: as `babble`.
+    """
+    batch = len(rows)
+    if bool(((voices < -1) | (voices >= batch)).any()):
+        raise InputError(f"voices name rows outside -1..{batch - 1}: replay the batch as it was")
+    if bool((voices == own[:, None]).any()):
         raise InputError("voices hold a row that would talk over itself: draw other rows")
-    weights = torch.zeros(batch, batch + 1, dtype=wave.dtype, device=wave.device)
-    weights.scatter_add_(1, rows + 1, torch.ones_like(rows, dtype=wave.dtype))
-    return torch.einsum("bo,oct->bct", weights[:, 1:], waves.wave)
+    weights = torch.zeros(len(voices), batch + 1, dtype=rows.dtype)
+    weights.scatter_add_(1, voices + 1, torch.ones_like(voices, dtype=rows.dtype))
+    return torch.einsum("no,oct->nct", weights[:, 1:].to(rows.device), rows)
 
 
 def other_rows(batch_size: int, count: int, generator: torch.Generator | None = None) -> Tensor:

@@ -6,12 +6,15 @@ in series,
     C(z) = z^-D (1 - d z^-1) / (1 - d z^-1 - fb (1 - d) z^-D)
     P(z) = (1.5 z^-E - 1) / (1 - 0.5 z^-E)
 
-The filter is linear and time-invariant, so all rows go through one FFT. Its response never ends;
-what the FFT's period would fold back onto the start is pushed down by evaluating H on a circle of
-radius rho > 1, which weights the wave by rho^-n before and by rho^n after.
+float32 waves on the processor go through the recursions themselves, compiled. All others, such as
+those on a GPU or with a gradient, go through one FFT, as the filter is linear and time-invariant.
+Its response never ends; what the FFT's period would fold back onto the start is pushed down by
+evaluating H on a circle of radius rho > 1, which weights the wave by rho^-n before and by rho^n
+after.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +26,7 @@ from remanence.speech.wavaugment.waves import (
     chunked,
     fast_length,
     fir,
+    fits,
     per_example,
 )
 
@@ -72,7 +76,7 @@ def reverb(
     check_rate(sample_rate)
     waves = as_waves(wave, lengths)
     rows = waves.wave
-    batch, channels, time = rows.shape
+    batch, channels, _ = rows.shape
     if channels > 2:
         raise InputError(f"wave has {channels} channels: reverb takes one or two")
 
@@ -89,20 +93,15 @@ def reverb(
             per_example("wet_db", wet_db, batch, rows.device, low=-10, high=10),
         ]
     )  # (6, B)
-    length = fast_length(time)
     ears = 1 if channels == 1 and mixdown else 2
-    weight = FOLD ** (-torch.arange(time, device=rows.device, dtype=torch.float64) / length)
+    loops = _loops(settings, sample_rate)
+    heard = rows.mean(1)
+    if fits(rows) and bool((loops.combs > 0).all() and (loops.allpasses > 0).all()):
+        from remanence.speech.wavaugment.compiled import echoes  # numba takes time to import
 
-    def wet(part: slice) -> Tensor:
-        with torch.no_grad():
-            response = _response(settings[:, part], sample_rate, length)
-        if ears == 1:
-            response = response.mean(1, keepdim=True)
-        heard = rows[part].double().mean(1, keepdim=True) * weight
-        echo: Tensor = torch.fft.irfft(torch.fft.rfft(heard, length) * response, length)
-        return (echo[..., :time] / weight).to(rows.dtype)
-
-    out = chunked(batch, length, rows.device, wet)
+        out = echoes(heard, loops, ears)
+    else:
+        out = _transformed(heard, loops, ears)
     if not wet_only:
         out = out + rows
     if ears == channels:
@@ -112,37 +111,77 @@ def reverb(
     return out if wave.ndim == 3 else out[0]
 
 
-def _response(settings: Tensor, sample_rate: float, length: int) -> Tensor:
-    """H of both ears (B, 2, length // 2 + 1) on the circle of radius FOLD^(1 / length)."""
+class Loops(NamedTuple):
+    """The filters of B examples and two ears: lengths in samples, and coefficients."""
+
+    combs: Tensor  # (B, 2, 8) int64
+    allpasses: Tensor  # (B, 2, 4) int64
+    delays: Tensor  # (B,) int64, before the echoes
+    feedbacks: Tensor  # (B,) float64, fb
+    dampings: Tensor  # (B,) float64, d
+    gains: Tensor  # (B,) float64
+
+
+def _loops(settings: Tensor, sample_rate: float) -> Loops:
     reverberance, damping, room, depth, pre_delay_ms, wet_db = settings
     # Feedback: 0.3 at reverberance 0, 0.98 at 100, evenly in log(1 - fb).
     a = -1 / math.log(1 - 0.3)
     b = 100 / (math.log(1 - 0.98) * a + 1)
-    fb = 1 - ((reverberance - b) / (a * b)).exp()
-    d = 0.3 * damping / 100 + 0.2
-    scale = 0.9 * room / 100 + 0.1
     rate = sample_rate / 44100
-    gain = 0.015 * 10 ** (wet_db / 20)
+    # The right ear's filters are longer and shorter in turn, from the first comb to the last
+    # all-pass; the left ear's are as they stand.
+    turns = torch.tensor([1.0, -1.0], device=settings.device).double().repeat(6)
+    spread = STEREO_SPREAD * depth[:, None, None] / 100 * turns  # (B, 1, 12)
+    spread = torch.cat([torch.zeros_like(spread), spread], 1)  # (B, 2, 12)
+    lengths = spread + torch.tensor(COMB_LENGTHS + ALLPASS_LENGTHS, device=settings.device)
+    scale = (0.9 * room / 100 + 0.1)[:, None, None]
+    return Loops(
+        (scale * rate * lengths[..., :8] + 0.5).long(),
+        (rate * lengths[..., 8:] + 0.5).long(),
+        (pre_delay_ms / 1000 * sample_rate + 0.5).long(),
+        1 - ((reverberance - b) / (a * b)).exp(),
+        0.3 * damping / 100 + 0.2,
+        0.015 * 10 ** (wet_db / 20),
+    )
 
-    advance = _Advance(length, settings.device)
-    low_pass = 1 - d[:, None] / advance(torch.ones_like(d))  # (B, F): 1 - d z^-1
-    loop = (fb * (1 - d))[:, None] / low_pass
-    pre = advance((pre_delay_ms / 1000 * sample_rate + 0.5).floor())
+
+def _transformed(heard: Tensor, loops: Loops, ears: int) -> Tensor:
+    """The echoes of (B, T), by Fourier transform: (B, ears, T)."""
+    batch, time = heard.shape
+    length = fast_length(time)
+    clock = torch.arange(time, device=heard.device, dtype=torch.float64)
+    weight = FOLD ** (-clock / length)
+
+    def wet(part: slice) -> Tensor:
+        with torch.no_grad():
+            response = _response(Loops(*(x[part] for x in loops)), length)
+        if ears == 1:
+            response = response.mean(1, keepdim=True)
+        spectrum = torch.fft.rfft(heard[part, None].double() * weight, length)
+        echo: Tensor = torch.fft.irfft(spectrum * response, length)
+        return (echo[..., :time] / weight).to(heard.dtype)
+
+    return chunked(batch, length, heard.device, wet)
+
+
+def _response(loops: Loops, length: int) -> Tensor:
+    """H of both ears (B, 2, length // 2 + 1) on the circle of radius FOLD^(1 / length)."""
+    d = loops.dampings[:, None]
+    advance = _Advance(length, d.device)
+    low_pass = 1 - d / advance(torch.ones_like(loops.delays))  # (B, F): 1 - d z^-1
+    loop = loops.feedbacks[:, None] * (1 - d) / low_pass
+    pre = advance(loops.delays)
     ears = []
     for ear in (0, 1):
-        offset = ear * STEREO_SPREAD * depth / 100
-        combs = torch.zeros_like(low_pass)
-        for comb in COMB_LENGTHS:
+        response = torch.zeros_like(low_pass)
+        for comb in loops.combs[:, ear].T:
             # C = 1 / (z^D - fb (1 - d) / (1 - d z^-1))
-            delay = (scale * rate * (comb + offset) + 0.5).floor()
-            combs += advance(delay).sub_(loop).reciprocal_()
-            offset = -offset
-        response = combs.mul_(gain[:, None]).div_(pre)
-        for allpass in ALLPASS_LENGTHS:
+            response += advance(comb).sub_(loop).reciprocal_()
+        response = response.mul_(loops.gains[:, None]).div_(pre)
+        for allpass in loops.allpasses[:, ear].T:
             # P = (1.5 - z^E) / (z^E - 0.5)
-            ahead = advance((rate * (allpass + offset) + 0.5).floor())
+            ahead = advance(allpass)
             response.mul_(1.5 - ahead).div_(ahead.sub_(0.5))
-            offset = -offset
         ears.append(response)
     return torch.stack(ears, 1)
 
@@ -158,8 +197,9 @@ class _Advance:
 
     def __call__(self, delay: Tensor) -> Tensor:
         """(B,) whole samples to (B, F) complex128."""
-        fine = delay[:, None] * self.angle
-        radius = (delay[:, None] * self.log_radius).exp().expand_as(fine)
+        delay = delay[:, None].double()
+        fine = delay * self.angle
+        radius = (delay * self.log_radius).exp().expand_as(fine)
         coarse = torch.polar(radius, fine * self.stride)
         ones = torch.ones_like(fine)
         powers = coarse[:, :, None] * torch.polar(ones, fine)[:, None]

@@ -1,18 +1,20 @@
 """WavAugment's `EffectChain`, so that its scripts run without libsox.
 
 What differs: `pitch` resamples at once and keeps the length, so that a `rate` after it only sets
-the quality; silence never gives NaN; randomness comes from a generator; samples are not cut off
-at full scale; extremes, levels and ratios are in float.
+the quality; silence never gives NaN; `time_dropout` draws from a generator; samples are not cut off
+at full scale; extremes, levels and ratios are in float; noise that is too short starts over; the
+wave given is never written to; of sox's effects there are those below.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from remanence.errors import InputError
 from remanence.speech.wavaugment.band_reject import band_reject
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
     from remanence.speech.wavaugment.resampling import Quality
     from remanence.speech.wavaugment.wsola import Search
 
-# What sox takes, or what returns it at each application.
-Value = float | str | Callable[[], float | str]
+# What sox takes, or what returns it, or a list of it, at each application.
+Plain = float | str
+Value = Plain | Callable[[], Plain | list[Plain]]
 
 
 @dataclass
@@ -37,7 +40,7 @@ class _Clip:
 
     wave: Tensor
     rate: int
-    target: Mapping[str, int]
+    target: Mapping[str, float]
 
 
 class EffectChain:
@@ -57,18 +60,31 @@ class EffectChain:
         self._effects: list[Callable[[_Clip], Tensor]] = []
         self._qualities: dict[int, Quality] = {}
 
+    def __len__(self) -> int:
+        return len(self._effects)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        known = [k for k, v in vars(EffectChain).items() if callable(v) and not k.startswith("_")]
+        raise AttributeError(f"EffectChain has no {name!r}: use one of {', '.join(sorted(known))}")
+
+    def clear(self) -> None:
+        """Forget all effects."""
+        self._effects.clear()
+        self._qualities.clear()
+
     def apply(
         self,
         wave: Tensor,
-        src_info: Mapping[str, int],
-        target_info: Mapping[str, int] | None = None,
+        src_info: Mapping[str, float],
+        target_info: Mapping[str, float] | None = None,
     ) -> Tensor:
         """Run the chain.
 
         Args:
             wave: floats (T,) or (C, T).
-            src_info: holds `rate`, Hz.
-            target_info: may hold the `rate` and `channels` for `rate()` and `channels()`.
+            src_info: holds `rate`, Hz; may hold `length`, the samples to use.
+            target_info: may hold the `rate` and `channels` for `rate()` and `channels()`, and
+                `length`, to which the result is cut or filled up with zeros; 0 leaves it.
 
         Returns:
             (C, T), as the effects leave it.
@@ -80,11 +96,16 @@ class EffectChain:
             raise InputError("src_info holds no 'rate': give the wave's samples a second")
         if wave.ndim not in (1, 2):
             raise InputError(f"wave has shape {tuple(wave.shape)}: give one clip, (C, T)")
-        target = {"rate": src_info["rate"], "channels": 1, **(target_info or {})}
-        held = _Clip(wave.reshape(-1, wave.shape[-1]), src_info["rate"], target)
+        length = int(src_info.get("length", wave.shape[-1]))
+        if not 0 < length <= wave.shape[-1]:
+            raise InputError(f"src_info's length {length} is not within the wave: leave it out")
+        rate = int(src_info["rate"])
+        target = {"rate": rate, "channels": 1, **(target_info or {})}
+        held = _Clip(wave.reshape(-1, wave.shape[-1])[:, :length], rate, target)
         for effect in self._effects:
             held.wave = effect(held)
-        return held.wave
+        wanted = int(target.get("length", 0))
+        return functional.pad(held.wave, (0, wanted - held.wave.shape[-1])) if wanted else held.wave
 
     def pitch(self, *arguments: Value) -> EffectChain:
         """`[-q] cents`."""
@@ -121,7 +142,7 @@ class EffectChain:
 
         def effect(held: _Clip) -> Tensor:
             _, numbers = _read("rate", arguments, ("-q", "-l", "-m", "-h", "-v"), 0, 1)
-            old, held.rate = held.rate, int(numbers[0]) if numbers else held.target["rate"]
+            old, held.rate = held.rate, int(numbers[0] if numbers else held.target["rate"])
             if old == held.rate:
                 return held.wave
             return resample(held.wave, held.rate / old, quality)[0]
@@ -155,7 +176,8 @@ class EffectChain:
 
         def effect(held: _Clip) -> Tensor:
             _, numbers = _read("channels", arguments, (), 0, 1)
-            return to_channels(held.wave, int(numbers[0]) if numbers else held.target["channels"])
+            count = numbers[0] if numbers else held.target["channels"]
+            return to_channels(held.wave, int(count))
 
         return self._then(effect)
 
@@ -163,7 +185,7 @@ class EffectChain:
         """`[-a attenuation] high-low`: rejects the band, high first."""
 
         def effect(held: _Clip) -> Tensor:
-            given = [str(value() if callable(value) else value) for value in arguments]
+            given = [str(value) for value in _drawn(arguments)]
             decibels = 120.0
             if len(given) == 3 and given[0] == "-a":
                 decibels = _number("sinc", given[1])
@@ -188,8 +210,9 @@ class EffectChain:
 
         return self._then(effect)
 
-    def dither(self) -> EffectChain:
+    def dither(self, *arguments: Value) -> EffectChain:
         """Nothing: sox dithers only where the precision falls, and floats keep theirs."""
+        del arguments
         return self
 
     def additive_noise(self, noise_generator: Callable[[], Tensor], snr: float) -> EffectChain:
@@ -209,7 +232,7 @@ class EffectChain:
             raise InputError("time_dropout takes either max_frames or max_seconds: give one")
 
         def effect(held: _Clip) -> Tensor:
-            longest = int(held.rate * max_seconds) if max_seconds else max_frames or 0
+            longest = max_frames or int(held.rate * (max_seconds or 0))
             time = held.wave.shape[-1]
             first, second = torch.rand(2, dtype=torch.float64, generator=self._generator).tolist()
             duration = min(int(first * longest), time)
@@ -217,10 +240,10 @@ class EffectChain:
 
         return self._then(effect)
 
-    def clip(self, clip_factor: float | Callable[[], float]) -> EffectChain:
+    def clip(self, clamp_factor: float | Callable[[], float]) -> EffectChain:
         """Cut off at a share of the extremes."""
         return self._then(
-            lambda held: clip(held.wave, clip_factor() if callable(clip_factor) else clip_factor)
+            lambda held: clip(held.wave, clamp_factor() if callable(clamp_factor) else clamp_factor)
         )
 
     def _then(self, effect: Callable[[_Clip], Tensor]) -> EffectChain:
@@ -239,11 +262,20 @@ def _number(effect: str, value: float | str) -> float:
         raise InputError(f"{effect} takes numbers and not {value!r}") from None
 
 
+def _drawn(arguments: tuple[Value, ...]) -> list[Plain]:
+    """The arguments, drawn where they are functions."""
+    given: list[Plain] = []
+    for argument in arguments:
+        value = argument() if callable(argument) else argument
+        given.extend(value if isinstance(value, list) else [value])
+    return given
+
+
 def _read(
     effect: str, arguments: tuple[Value, ...], known: tuple[str, ...], least: int, most: int
 ) -> tuple[list[str], list[float]]:
-    """The words and the numbers among an effect's arguments, drawn where they are functions."""
-    given = [value() if callable(value) else value for value in arguments]
+    """The words and the numbers among an effect's arguments."""
+    given = _drawn(arguments)
     words = [value for value in given if isinstance(value, str) and value in known]
     numbers = [_number(effect, value) for value in given if value not in known]
     if not least <= len(numbers) <= most:

@@ -17,6 +17,7 @@ from scipy.fft import next_fast_len
 from torch.nn import functional
 
 from remanence.errors import InputError
+from remanence.speech.wavaugment.waves import fits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,8 +72,8 @@ def stretch(
         factors: (B,) float64 on the CPU, positive; above 1 shortens.
         n_out: samples to return; a clip's own end lies at floor(T / f + 1/2).
         search: `full` tries every offset, `quick` about 30 of them, as `sox tempo -q`.
-        exact: sum squared differences one by one instead of through a Fourier transform: slow,
-            for checks.
+        exact: sum squared differences one by one in torch, where it would be done through a
+            Fourier transform, or compiled (float32 on the processor): slow, for checks.
 
     Returns:
         (B, C, n_out), what `wave` holds followed by zeros. Gradients reach `wave` through the
@@ -91,8 +92,13 @@ def stretch(
     steps = torch.arange(n_segments, dtype=torch.float64) * size.hop
     reads = torch.floor(factors[:, None] * steps + 0.5).clamp(max=lead + n_samples)  # (B, S)
     padded = functional.pad(wave, (lead, lead + size.segment + size.search))
+    reads = reads.long().to(wave.device)
+    if fits(wave) and not exact:
+        from remanence.speech.wavaugment.compiled import spliced  # numba takes time to import
+
+        return spliced(padded, reads, size, n_out, TIE, quick=search == "quick")
     with torch.no_grad():
-        starts = _starts(padded, reads.long().to(wave.device), size, search, exact=exact)
+        starts = _starts(padded, reads, size, search, exact=exact)
 
     # Output (s, i) reads starts[s] + i, and over a cross-fade also starts[s - 1] + hop + i.
     offsets = torch.arange(size.hop, device=wave.device)

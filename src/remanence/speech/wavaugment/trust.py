@@ -1,0 +1,31 @@
+"""A batch is looked through for NaN once, at a chain's door, and trusted from there on.
+
+Each look on a GPU waits for everything that runs there.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_state = threading.local()
+
+
+@contextmanager
+def trusting() -> Iterator[None]:
+    """Within, in this thread, `trusted()` holds."""
+    before = trusted()
+    _state.trusted = True
+    try:
+        yield
+    finally:
+        _state.trusted = before
+
+
+def trusted() -> bool:
+    """Whether waves have been looked through already."""
+    return getattr(_state, "trusted", False)
