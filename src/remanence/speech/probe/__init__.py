@@ -1,0 +1,1 @@
+"""Probes: what frozen features of frames tell, with few or many labels."""
