@@ -6,7 +6,7 @@ import torch
 
 from remanence.errors import InputError
 from remanence.speech.abx import pairs
-from remanence.speech.abx.distances import check_frames, frame_distances
+from remanence.speech.abx.distances import check_features, frame_distances, frame_norms
 from remanence.speech.abx.dtw import dtw, dtw_both_ways, wavefront
 from remanence.speech.abx.pairs import Sequences, item_distances, mutual_distances
 
@@ -133,6 +133,15 @@ def test_distances_of_frames():
     assert frame_distances(ids, ids, "identical").tolist() == [[0, 1], [1, 0]]
 
 
+@pytest.mark.parametrize("scale", [1e-170, 1e-3, 1e170])
+def test_norms_of_any_size(scale):
+    frames = torch.tensor([[3.0, 4], [0, 0], [0, 1]]).double() * scale
+    assert (frame_norms(frames) / scale).tolist() == pytest.approx([5, 0, 1])
+    table = frame_distances(frames, frames)
+    assert table[0].tolist() == pytest.approx([0, 1, math.acos(0.8) / math.pi], abs=1e-6)
+    assert table[1].tolist() == [1, 0, 1]
+
+
 def test_kullback_leibler():
     p, q = torch.rand(2, 5, 8, generator=torch.Generator().manual_seed(0)).softmax(-1).double()
     wanted = np.array([[sum(p[i] * ((p[i] + 1e-6) / (q[j] + 1e-6)).log()) for j in range(5)]
@@ -171,7 +180,7 @@ def test_equal_frames_are_equally_far_wherever_they_lie(distance):
 )
 def test_bad_frames_are_refused(frames, distance, message):
     with pytest.raises(InputError, match=message) as error:
-        check_frames(frames, distance, "a")
+        check_features({"a": frames}, distance)
     assert "\n" not in str(error.value)
 
 

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from scipy.stats import norm
 
 from remanence.errors import InputError
-from remanence.speech.abx.cells import fixed_subsample
+from remanence.speech.abx.cells import check_cells, fixed_subsample
 from remanence.speech.abx.distances import frame_distances
 from remanence.speech.abx.items import Items
 from remanence.speech.abx.score import _result, merge, run
@@ -219,6 +220,37 @@ def test_shards_add_to_the_same_bits(monkeypatch):
             assert np.array_equal(added.cells.wrong, whole.cells.wrong)
 
 
+def test_progress_is_told_to_the_end():
+    features, items = _corpus(speakers=4, most=6)
+    for speaker in ("within", "across"):
+        told = []
+        run(features, items, frame_rate=1, speaker=speaker, tell=lambda *t, to=told: to.append(t))
+        done, total = zip(*told, strict=True)
+        assert list(done) == sorted(set(done))
+        assert len(set(total)) == 1
+        assert done[-1] == total[0] > 0
+
+
+@pytest.mark.parametrize("context", ["within", "any"])
+@pytest.mark.parametrize("speaker", ["within", "across"])
+def test_items_are_known_to_hold_cells_before_they_are_scored(speaker, context):
+    outcomes = set()
+    for seed in range(30):
+        features, items = _corpus(seed, speakers=2, phones="ab", contexts=2, most=1 + seed % 2)
+        if not features:
+            continue
+        said = []
+        for check in (partial(run, features, frame_rate=1), check_cells):
+            try:
+                check(items=items, speaker=speaker, context=context)
+                said.append("")
+            except InputError as error:
+                said.append(str(error))
+        assert said[0] == said[1]
+        outcomes.add(said[0] == "")
+    assert outcomes == {True, False}
+
+
 def test_subsamples_are_fixed_and_fair():
     features, items = _corpus(speakers=6, most=8, contexts=3)
     few = run(features, items, frame_rate=1, max_group=2)
@@ -241,6 +273,16 @@ def test_subsamples_are_fixed_and_fair():
         assert some.file.tolist() == fixed_subsample(items, 60, speaker=speaker).file.tolist()
         assert len(run(features, some, frame_rate=1, speaker=speaker).cells)
     assert len(fixed_subsample(items, 40, speaker="across", context="any")) <= 40
+
+
+@pytest.mark.parametrize("speaker", ["within", "across"])
+def test_subsamples_of_a_few_large_groups_hold_all_speakers(speaker):
+    rows = [(s, p, i) for s in "tuvwxy" for p in "abc" for i in range(40)]
+    speakers, phones, _ = zip(*rows, strict=True)
+    items = Items.from_table({"file": range(720), "phone": phones, "speaker": speakers})
+    some = fixed_subsample(items, 150, speaker=speaker)
+    assert 100 < len(some) <= 150
+    assert set(some.speaker) == set("tuvwxy")
 
 
 def test_standard_error_of_balanced_speakers_is_that_of_their_means():
@@ -293,20 +335,32 @@ def test_comparison_of_equals_is_rarely_significant(speaker):
     assert 1 <= significant <= 22  # 10 expected
 
 
-def test_one_engine_agrees_with_another():
-    fastabx = pytest.importorskip("fastabx")
-    features, items = _corpus(contexts=1, most=5)
-    labels = {"phone": items.phone.tolist(), "speaker": items.speaker.tolist()}
-    rows = [features[name].float() for name in items.file]
-    dataset = fastabx.Dataset.from_numpy([row.numpy() for row in rows], labels)
-    for speaker in ("within", "across"):
-        sides = {"by": ["speaker"]} if speaker == "within" else {"across": ["speaker"]}
-        score = fastabx.Score(fastabx.Task(dataset, on="phone", **sides), "angular")
-        levels = [("speaker",)] if speaker == "within" else [("speaker_ax",)]
-        ours = run(
-            {n: x.float() for n, x in features.items()}, items, frame_rate=1, speaker=speaker
-        )
-        assert ours.error == pytest.approx(score.collapse(levels=levels), abs=1e-6)
+@pytest.mark.parametrize("speaker", ["within", "across"])
+@pytest.mark.parametrize("distance", ["angular", "euclidean", "kl_symmetric"])
+def test_another_engine_finds_the_same_error(speaker, distance):
+    fastabx, polars = pytest.importorskip("fastabx"), pytest.importorskip("polars")
+    features, items = _corpus(speakers=4, phones="abcd", contexts=3, most=6)
+    features = {name: x.float() for name, x in features.items()}
+    if distance == "kl_symmetric":
+        features = {name: x.softmax(1) for name, x in features.items()}
+    rows = [features[name] for name in items.file]
+    ends = np.cumsum([len(row) for row in rows]).tolist()
+    index = dict(enumerate(zip([0, *ends[:-1]], ends, strict=True)))
+    accessor = fastabx.InMemoryAccessor(index, torch.cat(rows), torch.device("cpu"))
+    columns = ("phone", "prev", "next", "speaker")
+    labels = polars.DataFrame({name: getattr(items, name).tolist() for name in columns})
+    sides = {"by": ["prev", "next", "speaker"]}
+    if speaker == "across":
+        sides = {"by": ["prev", "next"], "across": ["speaker"]}
+    task = fastabx.Task(fastabx.Dataset(labels, accessor), on="phone", **sides)
+    score = fastabx.Score(task, distance, progress=False)
+    result = run(features, items, frame_rate=1, speaker=speaker, distance=distance)
+    assert len(result.cells) == len(task)
+    theirs = score.collapse(levels=[("prev", "next"), "speaker"])
+    assert result.error == pytest.approx(theirs, abs=1e-6)
+    weighted = run(features, items, frame_rate=1, speaker=speaker, distance=distance,
+                   aggregate="weighted")  # fmt: skip
+    assert weighted.error == pytest.approx(score.collapse(weighted=True), abs=1e-6)
 
 
 @pytest.mark.parametrize(

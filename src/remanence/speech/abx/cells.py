@@ -26,6 +26,23 @@ Speaker = Literal["within", "across"]
 Context = Literal["within", "any"]
 
 BIN = 512  # items of a table's side, where speakers can be taken together
+SIZES = (
+    None,
+    100,
+    64,
+    48,
+    32,
+    24,
+    16,
+    12,
+    8,
+    6,
+    5,
+    4,
+    3,
+    2,
+)  # tokens that thinning leaves, in turn
+SPREAD = 0.75  # share of the speakers that a subsample should hold
 SIDE = 4096  # items above which a table is cut
 
 
@@ -211,8 +228,9 @@ def fixed_subsample(
 ) -> Items:
     """Choose few items that hold many cells, to be scored again and again during training.
 
-    Contexts are drawn whole, in random order, until the items are enough; a single context that is
-    too large is thinned to equally many of each speaker and phone.
+    Contexts (within speakers, each speaker's own) are drawn whole, in random order, until the items
+    are enough. Where that would leave most speakers out, each speaker's tokens of a phone are
+    thinned first.
 
     Args:
         items: The items.
@@ -233,18 +251,31 @@ def fixed_subsample(
     blocks = _blocks(coded, speaker)
     if not blocks:
         raise no_cells(speaker, context, coded)
-    order = np.random.default_rng(seed).permutation(len(blocks))
-    chosen: list[Integers] = []
-    for i in order.tolist():
+    wanted = SPREAD * len(np.unique(coded.speaker[np.concatenate(blocks)]))
+    best, most = None, 0
+    for size in SIZES:
+        coded = encode(items, context, size, seed)
+        blocks = _blocks(coded, speaker)
+        chosen = _draw(blocks, max_items, seed)
+        said = len(np.unique(coded.speaker[chosen]))
+        if said > most:
+            best, most = coded.item[chosen], said
+        if said >= wanted:
+            break
+    if best is not None:
+        return items[np.sort(best)]
+    # Not even one context fits.
+    own = items[np.sort(coded.item[blocks[int(np.random.default_rng(seed).integers(len(blocks)))]])]
+    return own[np.sort(encode(own, context, 2, seed).item)]
+
+
+def _draw(blocks: list[Integers], max_items: int, seed: int) -> Integers:
+    """Return the places of as many whole blocks, in random order, as fit."""
+    chosen: list[Integers] = [np.zeros(0, np.int64)]
+    for i in np.random.default_rng(seed).permutation(len(blocks)).tolist():
         if sum(map(len, chosen)) + len(blocks[i]) <= max_items:
             chosen.append(blocks[i])
-    if chosen:
-        return items[np.sort(coded.item[np.concatenate(chosen)])]
-    own = items[np.sort(coded.item[blocks[order[0]]])]
-    size = 2
-    while len(encode(own, context, size + 1, seed).item) <= max_items:
-        size += 1
-    return own[np.sort(encode(own, context, size, seed).item)]
+    return np.concatenate(chosen)
 
 
 def _blocks(coded: Coded, speaker: Speaker) -> list[Integers]:
@@ -259,10 +290,27 @@ def _blocks(coded: Coded, speaker: Speaker) -> list[Integers]:
     return blocks
 
 
+def check_cells(items: Items, speaker: Speaker, context: Context) -> None:
+    """Refuse items that hold no cell, before any distance is taken.
+
+    Raises:
+        InputError: Says what the items lack.
+    """
+    coded = encode(items, context, None, 0)
+    table, count = np.unique(
+        np.stack((coded.context, coded.speaker, coded.phone), 1), axis=0, return_counts=True
+    )
+    _, own, phones = np.unique(table[:, :2], axis=0, return_inverse=True, return_counts=True)
+    _, said, speakers = np.unique(table[:, ::2], axis=0, return_inverse=True, return_counts=True)
+    again = count > 1 if speaker == "within" else speakers[said.ravel()] > 1
+    if not (again & (phones[own.ravel()] > 1)).any():
+        raise no_cells(speaker, context, coded)
+
+
 def no_cells(speaker: Speaker, context: Context, coded: Coded) -> InputError:
     """Return the error for items that hold no cell."""
     if speaker == "across" and len(coded.speakers) < 2:
-        return InputError("across speakers with one speaker: use speaker='within', or add speakers")
+        return InputError("across speakers with one speaker: score 'within' alone, or add speakers")
     if len(coded.phones) < 2:
         return InputError(f"all items are {coded.phones[0]!r}: give at least two phones")
     twice = (
@@ -270,5 +318,7 @@ def no_cells(speaker: Speaker, context: Context, coded: Coded) -> InputError:
         if speaker == "within"
         else "two phones, one of which another speaker says too"
     )
-    where = ", in one context" if context == "within" else ""
-    return InputError(f"no valid cell: no speaker says {twice}{where}; add items, or context='any'")
+    where, mend = ", in one context", "add items, or take context 'any'"
+    if context == "any":
+        where, mend = "", "add items"
+    return InputError(f"no valid cell: no speaker says {twice}{where}; {mend}")

@@ -1,24 +1,18 @@
-"""DTW and counting on the processor, compiled: the same results as in torch, bit for bit.
-
-Kernels are compiled when first called, once a process, which takes some seconds.
-"""
+"""DTW and counting on the processor, compiled: the same results as in torch, bit for bit."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from remanence.kernels import in_threads, kernel
 
+if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    Function = TypeVar("Function", bound=Callable[..., Any])
     Floats = NDArray[np.float32]
     Integers = NDArray[np.int64]
 
@@ -34,7 +28,7 @@ def dtw(distance: Tensor, n: Tensor, m: Tensor) -> Tensor:
     def run(start: int, stop: int) -> None:
         _pairs(given[start:stop], rows[start:stop], columns[start:stop], result[start:stop])
 
-    _in_threads(run, len(result), given.size)
+    in_threads(run, len(result), given.size // SHARE)
     return torch.from_numpy(result)
 
 
@@ -65,7 +59,7 @@ def dtw_strip(
             forward[start:stop], backward[start:stop], both,
         )  # fmt: skip
 
-    _in_threads(run, len(forward), distance.size)
+    in_threads(run, len(forward), distance.size // SHARE)
     return forward, backward
 
 
@@ -94,23 +88,7 @@ def count(
     return result
 
 
-def _in_threads(run: Callable[[int, int], None], rows: int, cells: int) -> None:
-    """Run on parts of the rows, in as many threads as torch uses where it is worth it."""
-    parts = max(min(torch.get_num_threads(), rows, cells // SHARE), 1)
-    if parts == 1:
-        run(0, rows)
-        return
-    edges = [rows * i // parts for i in range(parts + 1)]
-    with ThreadPoolExecutor(parts) as pool:
-        list(pool.map(run, edges[:-1], edges[1:]))
-
-
-def _kernel(function: Function) -> Function:
-    """Compile a function, to run without the interpreter's lock."""
-    return cast("Function", numba.njit(nogil=True, error_model="numpy")(function))
-
-
-@_kernel
+@kernel
 def _align(
     distance: Floats,
     row: int,
@@ -163,7 +141,7 @@ def _align(
                 result[k] = cost[m[k] - 1, k] / length[m[k] - 1, k]
 
 
-@_kernel
+@kernel
 def _strip(
     distance: Floats,
     first: Integers,
@@ -208,7 +186,7 @@ def _strip(
             column += widths[g] * LANES
 
 
-@_kernel
+@kernel
 def _pairs(distance: Floats, n: Integers, m: Integers, result: Floats) -> None:
     P, N, M = distance.shape
     lanes = np.zeros((N, M * LANES), np.float32)
@@ -234,7 +212,7 @@ def _pairs(distance: Floats, n: Integers, m: Integers, result: Floats) -> None:
             result[start + k] = found[k]
 
 
-@_kernel
+@kernel
 def _count(
     distance: Floats,
     x_item: Integers,

@@ -10,7 +10,7 @@ from remanence.speech.abx.pairs import Sequences, item_distances, mutual_distanc
 from remanence.speech.abx.statistics import Cells, add_cells
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 
 def count_cells(
-    sequences: Sequences, coded: Coded, plan: Iterable[Tile], distance: Distance, speaker: Speaker
+    sequences: Sequences,
+    coded: Coded,
+    plan: Sequence[Tile],
+    distance: Distance,
+    speaker: Speaker,
+    tell: Callable[[int, int], None] | None = None,
 ) -> Cells:
     """Return the counts of the cells of all tables in the plan.
 
@@ -31,13 +36,16 @@ def count_cells(
         plan: The tables; one at a time is held.
         distance: Between frames.
         speaker: `within` or `across`.
+        tell: Called with the pairs of items that are done and those there are, after each table.
     """
-    tables = [
-        counts
-        for tile in plan
-        for table, rows, columns in _tables(sequences, tile, distance)
-        for counts in _count(coded, table, rows, columns, speaker)
-    ]
+    tables: list[Integers] = []
+    done, total = 0, sum(len(tile.rows) * len(tile.columns) for tile in plan)
+    for tile in plan:
+        for table, rows, columns in _tables(sequences, tile, distance):
+            tables += _count(coded, table, rows, columns, speaker)
+        done += len(tile.rows) * len(tile.columns)
+        if tell is not None:
+            tell(done, total)
     joined = np.concatenate(tables, 1) if tables else np.zeros((7, 0), np.int64)
     context, a, x, p, q, wrong, triplets = joined
     names = coded.contexts, coded.speakers, coded.phones
@@ -69,10 +77,13 @@ def _count(
     x_speakers, x_speaker = np.unique(coded.speaker[rows], return_inverse=True)
     speakers, y_speaker = np.unique(coded.speaker[columns], return_inverse=True)
     phones, y_phone = np.unique(coded.phone[columns], return_inverse=True)
-    # A phone that no column has can be in no cell.
-    known = np.isin(coded.phone[rows], phones)
-    rows, table, x_speaker = rows[known], table[known], x_speaker[known]
-    x_phone = np.searchsorted(phones, coded.phone[rows])
+    if rows is columns:
+        x_phone = y_phone
+    else:
+        # A phone that no column has can be in no cell.
+        known = np.isin(coded.phone[rows], phones)
+        rows, table, x_speaker = rows[known], table[known], x_speaker[known]
+        x_phone = np.searchsorted(phones, coded.phone[rows])
     same = x_speakers[:, None] == speakers
     wanted = same if speaker == "within" else ~same
     x_count = np.zeros((len(x_speakers), len(phones)), np.int64)

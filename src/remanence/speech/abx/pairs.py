@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TABLE = 2**19  # distances between frames held at a time by the processor, to stay in its cache
 DEVICE_TABLE = 2**25  # entries of padded matrices held at a time by another device
+SPARE = 1.2  # frames padded over frames, from which the padding of distances costs less
 FEW = 32  # items of which taking half the pairs saves nothing
 
 
@@ -33,11 +34,13 @@ class Sequences:
         frames: All frames (F, D); sequences may share some.
         start: First frame of each (n,).
         length: Number of frames of each, at least 1 (n,).
+        norms: Norms of the frames (F,), where the distance needs them.
     """
 
     frames: Tensor
     start: Integers
     length: Integers
+    norms: Tensor | None = None
 
     def index(self, items: Integers) -> Integers:
         """Return the frames of items, one item after the other."""
@@ -45,9 +48,14 @@ class Sequences:
         ends = lengths.cumsum()
         return np.repeat(self.start[items] - ends + lengths, lengths) + np.arange(ends[-1])
 
-    def take(self, index: Integers) -> Tensor:
-        """Return frames at an index."""
-        return self.frames[torch.from_numpy(index).to(self.frames.device)]
+    def distances(self, rows: Integers, columns: Integers, distance: Distance) -> Tensor:
+        """Return the distances of frames at an index to those at another."""
+        i = torch.from_numpy(rows).to(self.frames.device)
+        j = i if rows is columns else torch.from_numpy(columns).to(self.frames.device)
+        x = self.frames[i].double() if self.frames.is_floating_point() else self.frames[i]
+        y = x if rows is columns else self.frames[j]
+        norms = None if self.norms is None else (self.norms[i], self.norms[j])
+        return frame_distances(x, y, distance, norms)
 
 
 def item_distances(
@@ -66,7 +74,7 @@ def item_distances(
         Distances (X, Y), float32, and those called the other way (X, Y).
     """
     by_row = np.argsort(sequences.length[rows], kind="stable")
-    by_column = np.argsort(sequences.length[columns], kind="stable")
+    by_column = by_row if rows is columns else np.argsort(sequences.length[columns], kind="stable")
     forward = np.empty((len(rows), len(columns)), np.float32)
     backward = np.empty_like(forward) if both else forward
     for part in _parts(sequences, rows[by_row], columns, len(rows)):
@@ -125,18 +133,25 @@ def _align_compiled(
     from remanence.speech.abx.compiled import LANES, dtw_strip  # numba takes time to import
 
     groups = -(-len(columns) // LANES)
-    lanes = np.minimum(np.arange(groups * LANES), len(columns) - 1).reshape(groups, LANES)
-    start, length = sequences.start[columns][lanes], sequences.length[columns][lanes]
+    lanes = np.minimum(np.arange(groups * LANES), len(columns) - 1)
+    lengths = sequences.length[columns]
+    length = lengths[lanes].reshape(groups, LANES)
     widths = length.max(1)
-    index = [
-        (start[g] + np.minimum(np.arange(widths[g])[:, None], length[g] - 1)).ravel()
-        for g in range(groups)
-    ]
-    table = frame_distances(
-        sequences.take(sequences.index(rows)), sequences.take(np.concatenate(index)), distance
+    # Frame j of each sequence of a group beside one another; the last one stands for what lacks.
+    place = np.minimum(np.arange(widths.max())[:, None], lengths[lanes] - 1)
+    place += (lengths.cumsum() - lengths)[lanes]
+    index = np.concatenate(
+        [place[: widths[g], g * LANES : (g + 1) * LANES].ravel() for g in range(groups)]
     )
+    own = sequences.index(columns)
+    theirs = own if np.array_equal(rows, columns) else sequences.index(rows)
+    if len(index) > SPARE * len(own):
+        table = sequences.distances(theirs, own, distance)
+        table = table.index_select(1, torch.from_numpy(index))
+    else:
+        table = sequences.distances(theirs, own[index], distance)
     first = np.concatenate(([0], sequences.length[rows].cumsum()))
-    ahead, back = dtw_strip(table.numpy(), first, widths, length.ravel(), both=both)
+    ahead, back = dtw_strip(table.numpy(), first, widths, lengths[lanes], both=both)
     return ahead[:, : len(columns)], back[:, : len(columns)]
 
 
@@ -144,9 +159,7 @@ def _align_padded(
     sequences: Sequences, rows: Integers, columns: Integers, distance: Distance, *, both: bool
 ) -> tuple[Floats, Floats]:
     device = sequences.frames.device
-    table = frame_distances(
-        sequences.take(sequences.index(rows)), sequences.take(sequences.index(columns)), distance
-    )
+    table = sequences.distances(sequences.index(rows), sequences.index(columns), distance)
     n, m = (torch.from_numpy(sequences.length[items]).to(device) for items in (rows, columns))
     i, j = (
         (lengths.cumsum(0) - lengths)[:, None]

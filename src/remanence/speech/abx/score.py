@@ -17,7 +17,13 @@ import torch
 from remanence.errors import InputError
 from remanence.speech.abx.cells import Context, Speaker, encode, no_cells, tiles
 from remanence.speech.abx.counting import count_cells
-from remanence.speech.abx.distances import SYMMETRIC, Distance, check_frames
+from remanence.speech.abx.distances import (
+    ANGLES,
+    SYMMETRIC,
+    Distance,
+    check_features,
+    frame_norms,
+)
 from remanence.speech.abx.items import most_common
 from remanence.speech.abx.pairs import Sequences
 from remanence.speech.abx.slicing import Slicing, slice_frames
@@ -32,7 +38,7 @@ from remanence.speech.abx.statistics import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from fractions import Fraction
 
     from numpy.typing import NDArray
@@ -163,6 +169,7 @@ def run(
     bootstrap: int = 0,
     drop_empty: bool = False,
     shard: tuple[int, int] = (0, 1),
+    tell: Callable[[int, int], None] | None = None,
 ) -> AbxResult:
     """Return the ABX error of features.
 
@@ -184,6 +191,7 @@ def run(
         bootstrap: Number of resamples of speakers for the interval; 0 for Student's t.
         drop_empty: Leave out items without a frame, as the official codes do, and count them.
         shard: Number of this shard and of all shards; `merge` adds them.
+        tell: Called with the pairs of items that are done and those there are, after each table.
 
     Returns:
         The error, its standard error, and the counts of all cells.
@@ -199,7 +207,7 @@ def run(
         if file in features:
             matrix = features[file].detach()
             matrices[file] = matrix.unsqueeze(1) if matrix.ndim == 1 else matrix
-            check_frames(matrices[file], distance, file)
+    check_features(matrices, distance)
     start, stop = slice_frames(
         items,
         {file: len(matrix) for file, matrix in matrices.items()},
@@ -217,14 +225,14 @@ def run(
         raise InputError("no item has a frame: check frame_rate against the items' times")
     dropped = int(empty.sum())
     kept = items[~empty]
-    sequences = _pack(matrices, kept, start[~empty], stop[~empty], device)
+    sequences = _pack(matrices, kept, start[~empty], stop[~empty], distance, device)
     coded = encode(kept, context, max_group, seed)
     sequences = replace(
         sequences, start=sequences.start[coded.item], length=sequences.length[coded.item]
     )
     plan = tiles(coded, speaker, max_x_speakers, seed, symmetric=distance in SYMMETRIC)
-    own = islice(plan, shard[0], None, shard[1])
-    cells = count_cells(sequences, coded, own, distance, speaker)
+    own = list(islice(plan, shard[0], None, shard[1]))
+    cells = count_cells(sequences, coded, own, distance, speaker, tell)
     if not len(cells):
         if shard[1] == 1:
             raise no_cells(speaker, context, coded)
@@ -263,6 +271,7 @@ def _pack(
     items: Items,
     start: Integers,
     stop: Integers,
+    distance: Distance,
     device: str | torch.device | None,
 ) -> Sequences:
     """Put the features of all files that have items one after the other."""
@@ -276,7 +285,9 @@ def _pack(
     lengths = np.array([len(matrices[file]) for file in used])
     begins = dict(zip(used, (lengths.cumsum() - lengths).tolist(), strict=True))
     frames = torch.cat([matrices[file].to(place) for file in used])
-    return Sequences(frames, start + np.array([begins[file] for file in items.file]), stop - start)
+    first = start + np.array([begins[file] for file in items.file])
+    norms = frame_norms(frames) if distance in ANGLES else None
+    return Sequences(frames, first, stop - start, norms)
 
 
 def _pick(cells: Cells, index: Integers) -> Cells:
