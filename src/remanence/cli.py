@@ -19,6 +19,7 @@ ROOMS = {
     "learn": "Train and sharpen networks.",
     "compress": "Shrink a network that is too big.",
     "search": "Find vectors, images and patches again, in a few bytes each.",
+    "speech": "Augment recordings, learn features of speech, measure them.",
     "audit": "Ask whether a model saw data.",
 }
 
@@ -72,6 +73,26 @@ COMMANDS = {
         "remanence.jobs.search.match:match",
         "Do two photographs show one scene? Match them, draw it, write the homography.",
     ),
+    ("speech", "augment"): (
+        "remanence.jobs.speech.augment:augment",
+        "Augment recordings: pitch, reverberation, noise, dropped bands and spans.",
+    ),
+    ("speech", "cpc"): (
+        "remanence.jobs.speech.cpc:cpc",
+        "Learn features of speech from recordings without transcripts.",
+    ),
+    ("speech", "extract"): (
+        "remanence.jobs.speech.extract:extract",
+        "Write features of recordings: of a trained network, MFCC, or a network of yours.",
+    ),
+    ("speech", "probe"): (
+        "remanence.jobs.speech.probe:probe",
+        "Which phones, words or speakers does a probe read from features, with how few labels?",
+    ),
+    ("speech", "abx"): (
+        "remanence.jobs.speech.abx:abx",
+        "How well do features tell phones apart? ABX errors, nothing trained.",
+    ),
     ("audit", "membership"): (
         "remanence.jobs.audit.membership:membership",
         "Was each sample in training? Membership inference, and how leaky the network is.",
@@ -120,6 +141,7 @@ def build() -> App:
         help="Fifteen published methods on what data leaves behind in a network.",
         version=_version,
         version_format="plaintext",
+        help_format="plaintext",  # markup would eat what looks like it: (?P<speaker>...)_
         default_parameter=cyclopts.Parameter(negative_iterable=()),
     )
     rooms = {name: App(name=name, help=text) for name, text in ROOMS.items()}

@@ -156,3 +156,26 @@ def test_mfcc_of_any_length_and_with_deltas():
     assert audio.mfcc(tone(rate=16000), 16000, deltas=True).shape == (50, 39)
     with pytest.raises(InputError, match="22050 Hz: give a multiple of 100"):
         audio.mfcc(tone(rate=22050), 22050)
+
+
+def test_what_reading_does_is_said(tmp_path):
+    two = torch.stack([tone(), tone()])
+    audio.write_wav(tmp_path / "a.wav", two, 8000)
+    audio.write_wav(tmp_path / "b.wav", tone(), 8000)
+    audio.write_wav(tmp_path / "c.wav", tone(rate=16000), 16000)
+    recordings = audio.list_recordings(tmp_path)
+    assert audio.treatment(recordings, None, mono=False) == [
+        "the channels of 1 recording are all kept"
+    ]
+    assert audio.treatment(recordings, 16000) == [
+        "2 recordings of 8,000 Hz are resampled to 16,000 Hz, and hold nothing above 4,000 Hz",
+        "the channels of 1 recording are averaged",
+    ]
+    assert audio.treatment(recordings[1:2], 8000) == []
+    heard = audio.Heard()
+    for wave in (tone(), 2 * tone(), -2 * two, torch.zeros(9)):
+        heard.add(wave)
+    assert heard.remarks() == [
+        "2 recordings are at full scale, and may have been clipped",
+        "1 recording is silent",
+    ]

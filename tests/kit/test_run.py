@@ -263,8 +263,18 @@ def test_a_killed_run_can_be_resumed(tmp_path):
 
 def test_the_summary_gives_the_command_to_type(tmp_path):
     options = {"batch_size": 8, "flag": True, "off": False, "none": None, "data": "digits"}
+    options["names"] = "(?P<phone>[0-9])"
     with run_folder(tmp_path / "run", "learn test", options, seed=3) as run:
         summary = run.summary()
     assert summary["command"].startswith("remanence learn test --batch-size 8")
+    assert summary["command"].endswith("--flag --data digits --names '(?P<phone>[0-9])'")
     assert "--off" not in summary["command"]
     assert summary["seed"] == "3"
+
+
+def test_results_hold_no_nan(tmp_path):
+    with run_folder(tmp_path / "run", "learn test", {}) as run:
+        run.write_results({"a": float("nan"), "b": [1.5, {"c": float("nan")}], "d": (2, "x")})
+        assert "seed" not in run.summary()
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert found == {"a": None, "b": [1.5, {"c": None}], "d": [2, "x"]}

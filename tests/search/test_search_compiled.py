@@ -194,16 +194,16 @@ def test_no_rows(code: SphericalCode) -> None:
     assert code.unrank(code.rank(points)).shape == (0, code.dim)
 
 
-def test_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts: list[tuple[int, int]] = []
-
-    def run(start: int, stop: int) -> int:
-        parts.append((start, stop))
-        return -1
-
-    assert compiled._in_threads(run, 10**6) == -1
-    assert parts == [(0, 10**6)]
+def test_the_first_row_that_is_refused_is_told_from_any_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.set_num_threads(2)
     monkeypatch.setattr(compiled, "SHARE", 4)
-    compiled._in_threads(run, 11)
-    assert sorted(parts[1:]) == [(0, 5), (5, 11)]
+    for refused in ((), (7,), (9, 6), (3, 8), (10,)):
+        told = compiled._first_refused(
+            lambda start, stop, rows=refused: min(
+                (r for r in rows if start <= r < stop), default=-1
+            ),
+            11,
+        )
+        assert told == min(refused, default=-1)

@@ -227,7 +227,7 @@ def test_item_files_are_read_and_written(tmp_path):
         ("head\nf 0 1 p q r s\nf 0 1 p q r s\n", "listed twice"),
         ("head\nf 1 -1e-9 p q r s\n", "below 0"),
         ("head\n", "lists no items"),
-        (None, "cannot be read"),
+        (None, r"cannot be read \(No such file or directory\): give a text file"),
     ],
 )
 def test_bad_item_files_are_refused(text, message, tmp_path):

@@ -281,6 +281,19 @@ def test_a_chain_in_text_is_the_chain_in_python() -> None:
     assert torch.equal(quick, pitch_shift(x, RATE, 100, quality="quick", search="quick"))
 
 
+def test_noise_without_a_folder_takes_the_one_given() -> None:
+    asked: list[str] = []
+
+    def open_noise(name: str) -> torch.Tensor:
+        asked.append(name)
+        return BANK
+
+    from_text("noise,noise[dir=a,chain=[noise[3]]]", RATE, open_noise, noise="given")
+    assert asked == ["given", "given", "a"]
+    with pytest.raises(InputError, match="room: dir is missing"):
+        from_text("noise,room", RATE, open_noise, noise="given")
+
+
 def test_every_effect_and_nested_chains_can_be_written() -> None:
     text = (
         "speed[0.9:1.1,quality=quick],tempo[1.1,search=quick],room[dir=rooms,align=no,energy=no],"
@@ -364,7 +377,8 @@ def test_every_effect_and_nested_chains_can_be_written() -> None:
         ("noise[dir=x,band=80]", 13, "low:high"),
         ("swap[2.5]", 6, "no whole number"),
         ("dither[16,yes]", 11, "needs its name"),
-        ("clip[1]]", 8, "']' after"),
+        ("clip[1]]", 8, "closes nothing"),
+        ("clip]", 5, "closes nothing"),
         ("room", 1, "room[dir=folder]"),
         ("drop[50,fill=music]", 9, "silence, noise"),
     ],
@@ -399,5 +413,7 @@ def test_bad_ranges_parameters_and_banks_are_named() -> None:
         Params.from_json('{"a": 3}')
     with pytest.raises(InputError, match="differ in name"):
         Params.cat([])
+    with pytest.raises(InputError, match=r"\(8, 300\) .*unsqueeze\(1\)"):
+        RandomClip()(torch.zeros(8, 300))  # else one draw would serve the whole batch
     with pytest.raises(InputError, match="NaN"):
         RandomClip()(torch.full((5,), math.nan))

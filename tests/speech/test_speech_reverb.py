@@ -212,7 +212,7 @@ def test_a_measured_room_equals_numpys_convolution_and_keeps_time() -> None:
         (torch.zeros(100, dtype=torch.int16), {}, "32768"),
         (torch.full((100,), math.nan), {}, "NaN"),
         (torch.zeros(0), {}, "empty"),
-        (torch.zeros(3, 100), {}, "one or two"),
+        (torch.zeros(1, 3, 100), {}, "one or two"),
         (torch.zeros(100), {"room": 101}, "room"),
         (torch.zeros(2, 1, 100), {"room": torch.zeros(3)}, "2 examples"),
         (torch.zeros(2, 1, 100), {"lengths": torch.tensor([1, 101])}, "0..100"),

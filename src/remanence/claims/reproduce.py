@@ -63,7 +63,8 @@ def reproduce(*systems: str, out: Path | None = None) -> Reproduced:
     """Run every paper's claim, small, with its control, and write one report.
 
     Needs no data and no network: claims are measured on images that come with scikit-learn, on
-    what remanence synthesises from them, and on synthetic speech. The exit status is 1 if a claim does not hold.
+    what remanence synthesises from them, and on synthetic speech. The exit status is 1 if a claim
+    does not hold.
 
     Args:
         systems: Which systems; all that are built if none is given.

@@ -18,7 +18,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
@@ -28,9 +28,10 @@ from torch import Tensor
 
 from remanence.errors import InputError
 from remanence.kit.progress import track
+from remanence.kit.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
 SUFFIXES = frozenset(
     f".{name}"
@@ -40,6 +41,8 @@ SUFFIXES = frozenset(
     )
 )
 FRAME_RATE = 100  # MFCC frames a second
+MANY = 1000  # recordings whose headers take long enough to read for a bar
+FULL_SCALE = 1 - 2.0**-15  # the largest sample of 16 bits
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def list_recordings(source: str | Path) -> list[Recording]:
             f"{source}: {len(twice)} names stand for two recordings, such as {twice[0]!r}: rename "
             "one, names without suffix tell recordings apart"
         )
-    files = track(list(zip(paths, names, strict=True)), f"headers of {len(paths)} recordings")
+    pairs = list(zip(paths, names, strict=True))
+    files = track(pairs, f"headers of {len(paths):,} recordings", show=len(paths) >= MANY)
     return [_opened(path, name) for path, name in files]
 
 
@@ -271,15 +275,62 @@ def mfcc(wave: Tensor, sample_rate: int, *, coefficients: int = 13, deltas: bool
     return torch.from_numpy(np.ascontiguousarray(found.T, np.float32))
 
 
-def summary(recordings: Sequence[Recording]) -> dict[str, Any]:
-    """Return what a report says of recordings: how many, how long, their rates and channels."""
-    rates: Mapping[int, int] = Counter(recording.sample_rate for recording in recordings)
-    return {
-        "recordings": len(recordings),
-        "hours": sum(recording.seconds for recording in recordings) / 3600,
-        "sample_rates": {str(rate): count for rate, count in sorted(rates.items())},
-        "multichannel": sum(recording.channels > 1 for recording in recordings),
-    }
+@dataclass
+class Heard:
+    """Counts what the samples of recordings turned out to be.
+
+    Attributes:
+        full_scale: Recordings that touch full scale, and may have been clipped.
+        silent: Recordings with nothing in them.
+    """
+
+    full_scale: int = 0
+    silent: int = 0
+
+    def add(self, wave: Tensor) -> None:
+        """Look at the samples (T,) or (C, T) of one recording."""
+        low, high = (float(edge) for edge in wave.aminmax())
+        self.full_scale += max(-low, high) >= FULL_SCALE
+        self.silent += low == high == 0
+
+    def remarks(self) -> list[str]:
+        """Say what there is to say."""
+        said = []
+        if self.full_scale:
+            some = counted(self.full_scale, "recording")
+            said.append(f"{some} {_are(self.full_scale)} at full scale, and may have been clipped")
+        if self.silent:
+            said.append(f"{counted(self.silent, 'recording')} {_are(self.silent)} silent")
+        return said
+
+
+def treatment(
+    recordings: Iterable[Recording], sample_rate: int | None, *, mono: bool = True
+) -> list[str]:
+    """Say what reading does to recordings: resampling, and what becomes of their channels.
+
+    Args:
+        recordings: The recordings.
+        sample_rate: Rate that all are brought to; None where each keeps its own.
+        mono: Whether channels are averaged.
+    """
+    every = list(recordings)
+    rates = Counter(r.sample_rate for r in every if r.sample_rate != (sample_rate or r.sample_rate))
+    said = []
+    for own, count in sorted(rates.items()):
+        lost = f", and hold nothing above {own // 2:,} Hz" if own < (sample_rate or 0) else ""
+        said.append(
+            f"{counted(count, 'recording')} of {own:,} Hz {_are(count)} resampled to "
+            f"{sample_rate:,} Hz{lost}"
+        )
+    if several := sum(r.channels > 1 for r in every):
+        done = "averaged" if mono else "all kept"
+        said.append(f"the channels of {counted(several, 'recording')} are {done}")
+    return said
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def _paths(source: str) -> tuple[list[Path], Path]:
@@ -351,5 +402,7 @@ def _check_whole(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
-    return text.rstrip(".")
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text: str = getattr(error, "error_string", str(error))
+    return f"{text.rstrip('.')}; is it a recording? Mend it or leave it out"

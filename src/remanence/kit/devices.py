@@ -46,6 +46,8 @@ def launch(devices: int = 1, precision: Precision = "auto", accelerator: str = "
         nodes = int(os.environ.get("SLURM_NNODES", "1")) if devices > 1 else 1
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is none here; take cpu")
     there = torch.cuda.device_count() if accelerator == "cuda" else os.cpu_count() or 1
     if world == 1 and not 1 <= devices <= there:
         kind = "CUDA devices" if accelerator == "cuda" else "processor cores"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime as dt
 import errno
 import json
+import math
+import shlex
 import shutil
 import time
 from contextlib import contextmanager, suppress
@@ -58,13 +60,14 @@ class RunFolder:
     def summary(self) -> dict[str, str]:
         """Return what a report says about how it came to be."""
         given = " ".join(
-            f"--{name.replace('_', '-')} {value}"
+            f"--{name.replace('_', '-')}" + ("" if value is True else f" {_quoted(value)}")
             for name, value in self.facts["options"].items()
             if value not in (None, False)
         )
+        seed = self.facts["seed"]
         return {
             "command": f"remanence {self.facts['command']} {given}",
-            "seed": str(self.facts["seed"]),
+            **({} if seed is None else {"seed": str(seed)}),
             "device": self.facts["device"],
             "versions": ", ".join(f"{k} {v}" for k, v in self.facts["versions"].items()),
             "started": self.facts["started"],
@@ -120,6 +123,10 @@ class RunFolder:
         path.write_text("".join(kept), encoding="utf-8")
 
 
+def _quoted(value: Any) -> str:
+    return shlex.quote(value) if isinstance(value, str) else str(value)
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -129,8 +136,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file, indented and in the order given."""
-    path.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    """Write a JSON file, indented and in the order given; NaN, which JSON has not, as null."""
+    text = json.dumps(_without_nan(value), indent=1, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 @contextmanager

@@ -111,7 +111,10 @@ class Items:
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()[1:]
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"item file {path} cannot be read: {error}") from None
+            reason = getattr(error, "strerror", None) or "no UTF-8 text"
+            raise InputError(
+                f"item file {path} cannot be read ({reason}): give a text file with one item a line"
+            ) from None
         rows = [(i, line.split()) for i, line in enumerate(lines, 2) if line.strip()]
         for i, row in rows:
             if len(row) != 7:

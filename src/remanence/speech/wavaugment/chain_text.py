@@ -120,6 +120,7 @@ def from_text(
     sample_rate: int,
     open_noise: OpenNoise | None = None,
     *,
+    noise: str | None = None,
     saturate: bool = False,
     always: bool = False,
 ) -> Chain:
@@ -130,6 +131,7 @@ def from_text(
         sample_rate: Hz.
         open_noise: makes a bank of what `dir` names, noise or impulse responses; needed only where
             a chain has `noise` or `room`.
+        noise: what `dir` is of a `noise` without one.
         saturate: cut off at full scale after each effect.
         always: augment in eval mode too.
 
@@ -139,7 +141,7 @@ def from_text(
     Raises:
         InputError: the text is no chain; the message gives the column, from 1.
     """
-    effects = _Reader(text, sample_rate, open_noise).effects(0, len(text))
+    effects = _Reader(text, sample_rate, open_noise, noise).effects(0, len(text))
     return Chain(effects, saturate=saturate, always=always)
 
 
@@ -150,6 +152,7 @@ class _Reader:
     text: str
     sample_rate: int
     open_noise: OpenNoise | None
+    noise: str | None
 
     def wrong(self, place: int, what: str) -> InputError:
         return InputError(f"chain {self.text!r}, column {place + 1}: {what}")
@@ -191,6 +194,8 @@ class _Reader:
         after = (
             close + 1 + len(self.text[close + 1 : end]) - len(self.text[close + 1 : end].lstrip())
         )
+        if after < end and self.text[after] == "]":
+            raise self.wrong(after, "this bracket closes nothing: take it out")
         if after < end:
             raise self.wrong(after, f"{self.text[after]!r} after ']': put ',' between effects")
         return opening + 1, close
@@ -202,6 +207,8 @@ class _Reader:
         at += len(self.text[at:end]) - len(self.text[at:end].lstrip())
         given: dict[str, Any] = {}
         if at < end:
+            if self.text[at] == "]":
+                raise self.wrong(at, "this bracket closes nothing: take it out")
             if self.text[at] != "[":
                 raise self.wrong(at, f"{self.text[at]!r} after an effect: put ',' between effects")
             given = self.options(name, *self.inside(at, end))
@@ -268,6 +275,8 @@ class _Reader:
 
     def bank(self, name: str, given: dict[str, Any]) -> Tensor | Sequence[Tensor]:
         """What `dir` names, opened."""
+        if name == "noise" and self.noise is not None:
+            given.setdefault("source", self.noise)
         if "source" not in given:
             raise InputError(f"dir is missing: say where it lies, as in {name}[dir=folder]")
         if self.open_noise is None:

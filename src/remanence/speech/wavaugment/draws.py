@@ -23,7 +23,10 @@ def as_range(name: str, value: Range, least: float, most: float) -> tuple[float,
     low, high = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
     numbers = isinstance(low, Real) and isinstance(high, Real)
     if not numbers or not least <= low <= high <= most:
-        raise InputError(f"{name} {value} is no range within {least:g}..{most:g}: give low <= high")
+        raise InputError(
+            f"{name} {value} lies outside {least:g}..{most:g}, or is no range: give a number, or "
+            "low <= high"
+        )
     return low, high
 
 

@@ -54,7 +54,7 @@ def as_waves(wave: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Wav
     """Check a wave of any of the three shapes and batch it.
 
     Args:
-        wave: float tensor (T,), (C, T) or (B, C, T), full scale 1.
+        wave: float tensor (T,), (C, T) of one or two channels, or (B, C, T), full scale 1.
         lengths: valid samples of each row, (B,) integers; all T where None. Samples past a row's
             length take no part in any effect and come back as 0.
 
@@ -71,6 +71,11 @@ def as_waves(wave: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Wav
     if not 1 <= wave.ndim <= 3 or wave.numel() == 0:
         raise InputError(
             f"wave has shape {tuple(wave.shape)}: give (T,), (C, T) or (B, C, T), nothing empty"
+        )
+    if wave.ndim == 2 and len(wave) > 2:
+        raise InputError(
+            f"wave {tuple(wave.shape)} would be one wave of {len(wave)} channels: give a batch as "
+            "(B, 1, T), wave.unsqueeze(1), and many channels as (1, C, T)"
         )
     rows = wave.reshape(-1, *wave.shape[-2:]) if wave.ndim > 1 else wave.reshape(1, 1, -1)
     batch, time = rows.shape[0], rows.shape[-1]
@@ -139,7 +144,12 @@ def check_rate(sample_rate: float) -> None:
 
 
 def fits(wave: Tensor) -> bool:
-    """Whether compiled code may take a wave: float32, on the processor, and no gradient wanted."""
+    """Whether numba's code may take a wave: float32, on the processor, and no gradient wanted.
+
+    Not under torch.compile, which would look into numba and fail there.
+    """
+    if torch.compiler.is_compiling():
+        return False
     wanted = wave.requires_grad and torch.is_grad_enabled()
     return wave.device.type == "cpu" and wave.dtype == torch.float32 and not wanted
 

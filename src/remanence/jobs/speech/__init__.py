@@ -1,0 +1,1 @@
+"""Jobs of `remanence speech`: recordings to augment, to learn from, and to measure."""

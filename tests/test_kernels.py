@@ -1,0 +1,71 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from remanence.kernels import fused_kernel, in_threads, kernel, reordered_kernel
+
+SCRIPT = """
+import time
+import numpy as np
+from remanence.kernels import kernel
+
+@kernel
+def total(x):
+    found = 0.0
+    for value in x:
+        found += value
+    return found
+
+print(total(np.arange(4.0)), sum(total.stats.cache_hits.values()))
+"""
+
+
+def test_rows_are_shared_among_as_many_threads_as_torch_uses():
+    parts = []
+
+    def run(start, stop):
+        parts.append((start, stop))
+        return stop - start
+
+    torch.set_num_threads(1)
+    assert in_threads(run, 11, 100) == [11]
+    torch.set_num_threads(2)
+    assert in_threads(run, 11, 2) == [5, 6]
+    assert in_threads(run, 11, 1) == [11]
+    assert in_threads(run, 1, 9) == [1]
+    assert in_threads(run, 0, 9) == [0]
+    assert sorted(parts) == [(0, 0), (0, 1), (0, 5), (0, 11), (0, 11), (5, 11)]
+
+
+def test_kernels_say_what_the_function_says():
+    def mean(x, y):
+        return (x * y + y) / 2
+
+    for compiled in (kernel(mean), fused_kernel(mean), reordered_kernel(mean)):
+        assert compiled(3.0, 4.0) == 8.0
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_is_compiled_is_kept_where_there_is_a_place(tmp_path, kept):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    place = {"NUMBA_CACHE_DIR": str(tmp_path / "kept")} if kept else {}
+    if not kept:
+        # Neither beside the code nor in the home folder: files stand where folders should.
+        (tmp_path / "__pycache__").write_text("")
+        (tmp_path / "home").write_text("")
+        place = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home")}
+    said = [
+        subprocess.run(
+            [sys.executable, str(script)],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=os.environ | place,
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert said == [["6.0", "0"], ["6.0", "1" if kept else "0"]]
