@@ -6,9 +6,12 @@ Import this only where a kernel is about to run: numba takes time to import.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+from zlib import crc32
 
 import numba
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -21,9 +24,9 @@ if TYPE_CHECKING:
 def kernel(function: Function) -> Function:
     """Compile a function when it is first called, to run without the interpreter's lock.
 
-    What is compiled is kept on disk, beside the code or in numba's own folder, so that the next
-    process need not wait for it. Only what the function's own file holds is looked at to tell
-    whether that is still true: constants of other files go in as arguments.
+    What is compiled is kept on disk, beside the code or where NUMBA_CACHE_DIR says, so that the
+    next process need not wait for it. Only the function's own file is looked at to tell whether
+    that is still true: constants of other files go in as arguments.
     """
     return _compiled(function, set())
 
@@ -39,15 +42,29 @@ def reordered_kernel(function: Function) -> Function:
 
 
 def _compiled(function: Function, fastmath: set[str]) -> Function:
-    compiled = numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
+    compile_ = numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)
+    compiled = compile_(function)
+    chosen = numba.config.CACHE_DIR
     try:
+        numba.config.CACHE_DIR = chosen or _place(function)
         compiled.enable_caching()
-    except RuntimeError:
+    except (OSError, RuntimeError):
         # No folder can be written to: each process compiles for itself.
-        return cast(
-            "Function", numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
-        )
+        return cast("Function", compile_(function))
+    finally:
+        numba.config.CACHE_DIR = chosen
     return cast("Function", compiled)
+
+
+def _place(function: Callable[..., Any]) -> str:
+    """Return a folder beside the code for these very versions of it and of what compiles it.
+
+    By itself numba names files alike for all versions, and says which there are before they are
+    written: two at once could run what the other compiled.
+    """
+    code = Path(function.__code__.co_filename)
+    versions = f"{numba.__version__} {np.__version__}".encode()
+    return str(code.parent / "__pycache__" / f"kernels-{crc32(code.read_bytes() + versions):08x}")
 
 
 def in_threads(run: Callable[[int, int], Result], rows: int, worth: int) -> list[Result]:

@@ -116,7 +116,7 @@ def test_what_is_reported_is_what_the_file_does(trained, place):
         theirs = run(plain, items, frame_rate=100, speaker=kind).error
         assert found[kind]["mfcc"] == theirs
         verdict = "beats" if error < theirs else "does not beat"
-        assert f"{kind} speakers the network {verdict} MFCC ({100 * error:.1f} against" in html
+        assert f"{kind[1:]} speakers the network {verdict} MFCC ({100 * error:.1f} against" in html
 
 
 @pytest.mark.parametrize("stop", [0, 3, 5])

@@ -311,7 +311,8 @@ def test_folders_that_hold_no_network(tmp_path: Path) -> None:
 
     model.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    weights = load_file(tmp_path / "model.safetensors")
+    # Copies: what is read may be a map of the file, which is cut short below.
+    weights = {k: v.clone() for k, v in load_file(tmp_path / "model.safetensors").items()}
     name = "encoder.norms.0.weight"
     damaged("no readable config.json", config="{")
     damaged("no readable config.json", config="[" * 100_000)

@@ -1,7 +1,7 @@
 """Progress of long work on the terminal: a bar, the rate and the time left."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -69,7 +69,8 @@ def bar(what: str, total: int, *, done: int = 0, show: bool = True) -> Iterator[
         console=console,
         disable=not (show and console.is_terminal),
     )
-    with progress:
+    # Entered only where it moves: elsewhere some versions of rich print an empty line behind it.
+    with nullcontext() if progress.disable else progress:
         yield Bar(progress, task := progress.add_task(what, total=total, completed=done, note=""))
         if show and not console.is_terminal:  # a log gets one line instead of a moving bar
             seconds = progress.tasks[task].elapsed or 0.0
