@@ -94,7 +94,7 @@ EFFECTS = ("pitch", "reverb", "noise", "band reject", "chain")
 RAW = ["-t", "raw", "-r", str(RATE), "-e", "float", "-b", "32", "-c", "1"]
 # Clips on which a peer that takes them one by one is timed; a multiple of the threads.
 PART = {"pitch": 8, "reverb": 32, "noise": 32, "band reject": 32, "chain": 8}
-CLIPS_A_LAP = 32  # at least, for all who take a batch
+LAP_SECONDS = 0.1  # at least
 SOX = {
     "pitch": "pitch {cents} rate 16000",
     "quick pitch": "pitch -q {cents} rate -q 16000",
@@ -500,13 +500,13 @@ def contestants(
 def lap(
     go: Callable[[], object], clips: int, seconds: float, facts: dict[str, float]
 ) -> harness.Lap:
-    """Do it until there are enough clips."""
-    repeats = max(1, CLIPS_A_LAP // clips) if clips < PART["pitch"] else 1
-    began = time.perf_counter()
+    """Do it again and again, until what came before in other threads and caches matters little."""
+    done, began = 0, time.perf_counter()
     with torch.no_grad():
-        for _ in range(repeats):
+        while (spent := time.perf_counter() - began) < LAP_SECONDS:
             go()
-    return harness.Lap(repeats * clips * seconds, time.perf_counter() - began, facts)
+            done += clips
+    return harness.Lap(done * seconds, spent, facts)
 
 
 def agreement(course: Course, effect: str, count: int = 16) -> float:

@@ -27,21 +27,24 @@ SHARE = 2**17  # samples that are worth a thread
 LEAD = 101  # taps of the resampling filter before the sample at or before its middle
 
 
-def echoes(wave: Tensor, loops: Loops, ears: int) -> Tensor:
+def echoes(wave: Tensor, loops: Loops, ears: int, dry: Tensor | None) -> Tensor:
     """Run the recursions of `remanence.speech.wavaugment.reverb`.
 
     Args:
         wave: (B, T) float32.
         loops: the filters' lengths, all of them at least 1, and coefficients.
         ears: 2, or 1 for their mean.
+        dry: (B, 1 or 2, T) float32, to be added.
 
     Returns:
-        (B, ears, T) float32, the echoes alone.
+        (B, ears, T) float32.
     """
-    out = np.zeros((len(wave), ears, wave.shape[1]), np.float32)
+    out = np.empty((len(wave), ears, wave.shape[1]), np.float32)
+    under = None if dry is None else dry.detach().numpy()
     given: list[Any] = [x.contiguous().numpy() for x in (wave.detach(), *loops)]
 
     def run(start: int, stop: int) -> None:
+        out[start:stop] = 0 if under is None else under[start:stop]
         own: list[Any] = [*(x[start:stop] for x in given), out[start:stop]]
         _echoes(*own)
 
@@ -124,7 +127,7 @@ def mixed(
         own: list[Any] = [bank, *(x[start:stop] for x in given), out[start:stop]]
         _mix(*own)
 
-    in_threads(run, len(out), wave.numel() // SHARE)
+    in_threads(run, len(out), wave.numel() // (16 * SHARE))
     return torch.from_numpy(out)
 
 

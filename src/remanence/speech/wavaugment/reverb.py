@@ -95,15 +95,15 @@ def reverb(
     )  # (6, B)
     ears = 1 if channels == 1 and mixdown else 2
     loops = _loops(settings, sample_rate)
-    heard = rows.mean(1)
+    heard = rows[:, 0] if channels == 1 else rows.mean(1)
     if fits(rows) and bool((loops.combs > 0).all() and (loops.allpasses > 0).all()):
         from remanence.speech.wavaugment.compiled import echoes  # numba takes time to import
 
-        out = echoes(heard, loops, ears)
+        out = echoes(heard, loops, ears, None if wet_only else rows)
     else:
         out = _transformed(heard, loops, ears)
-    if not wet_only:
-        out = out + rows
+        if not wet_only:
+            out = out + rows
     if ears == channels:
         return waves.restore(out)
     if waves.ragged:
