@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 
-from remanence.cli import COMMANDS, main
+from remanence.cli import main
 from remanence.errors import InputError
 from remanence.jobs.speech import augment as job
 from remanence.jobs.speech import augment_batches
@@ -512,7 +512,6 @@ def test_bad_options_are_refused(files, tmp_path, monkeypatch):
     refused("already exists", tmp_path, speech, chain="reverb")
 
 
-@pytest.mark.skipif(("speech", "augment") not in COMMANDS, reason="not in the menu yet")
 def test_the_command_line_refuses_in_one_line(files, tmp_path, capsys):
     speech, out = str(files / "speech"), str(tmp_path / "run")
     for words in (

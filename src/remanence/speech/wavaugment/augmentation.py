@@ -176,6 +176,20 @@ class RandomEffect(Augmentation):
             return some
         return rows.index_copy(0, chosen.to(rows.device), some)
 
+    @abstractmethod
+    def draw(self, lengths: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Parameters of len(lengths) rows."""
+
+    @abstractmethod
+    def select(
+        self, rows: Tensor, lengths: Tensor | None, params: Params, chosen: Tensor
+    ) -> Tensor:
+        """The effect on the rows numbered `chosen`, (N,) on the CPU and in order: (N, C, T)."""
+
+
+class RowEffect(RandomEffect):
+    """One effect with a probability, that looks at each row by itself."""
+
     def select(
         self, rows: Tensor, lengths: Tensor | None, params: Params, chosen: Tensor
     ) -> Tensor:
@@ -186,9 +200,5 @@ class RandomEffect(Augmentation):
         return self.effect(rows[chosen.to(rows.device)], ends, params[chosen].values)
 
     @abstractmethod
-    def draw(self, lengths: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Parameters of len(lengths) rows."""
-
     def effect(self, rows: Tensor, lengths: Tensor | None, values: dict[str, Tensor]) -> Tensor:
         """The effect on (B, C, T) rows, each by itself."""
-        raise NotImplementedError

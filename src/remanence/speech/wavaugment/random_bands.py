@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from remanence.errors import InputError
-from remanence.speech.wavaugment.augmentation import RandomEffect
+from remanence.speech.wavaugment.augmentation import RowEffect
 from remanence.speech.wavaugment.band_reject import (
     band_reject,
     depth_db,
@@ -19,7 +19,7 @@ from remanence.speech.wavaugment.frequency_drop import frequency_drop
 from remanence.speech.wavaugment.waves import check_rate
 
 
-class RandomBandReject(RandomEffect):
+class RandomBandReject(RowEffect):
     """A band even in mel, at most 27/256 `scaler` of the whole wide; `band_reject`.
 
     Draws `low_hz` and `high_hz` and reports `depth_db`, the gain at the band's middle: most bands
@@ -70,7 +70,7 @@ class RandomBandReject(RandomEffect):
         )
 
 
-class RandomFrequencyDrop(RandomEffect):
+class RandomFrequencyDrop(RowEffect):
     """Several bands of one width, their middles even over all frequencies; `frequency_drop`.
 
     Draws `low_hz` and `high_hz`, (B, most of `count`); a band that an example does without has

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, get_args
 
 from remanence.errors import InputError
-from remanence.speech.wavaugment.augmentation import RandomEffect
+from remanence.speech.wavaugment.augmentation import RowEffect
 from remanence.speech.wavaugment.clip import clip
 from remanence.speech.wavaugment.draws import Range, as_range, seeds, uniform
 from remanence.speech.wavaugment.levels import check_bits, gain, round_to_bits
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Law = Literal["triangular", "uniform"]
 
 
-class RandomClip(RandomEffect):
+class RandomClip(RowEffect):
     """Clipping at a share of the extremes; `clip`. Draws `factor`.
 
     Args:
@@ -57,7 +57,7 @@ class RandomClip(RandomEffect):
         return clip(rows, values["factor"], keep_peak=self.keep_peak, lengths=lengths)
 
 
-class RandomGain(RandomEffect):
+class RandomGain(RowEffect):
     """A gain even in dB; `gain`. Draws `db`."""
 
     def __init__(self, db: Range = (-12.0, 0.0), *, p: float = 1.0, always: bool = False) -> None:
@@ -73,7 +73,7 @@ class RandomGain(RandomEffect):
         return gain(rows, values["db"], lengths=lengths)
 
 
-class RandomPolarity(RandomEffect):
+class RandomPolarity(RowEffect):
     """The wave turned upside down, for about half the examples. Draws nothing but `apply`."""
 
     def __init__(self, *, p: float = 0.5, always: bool = False) -> None:
@@ -90,7 +90,7 @@ class RandomPolarity(RandomEffect):
         return -rows
 
 
-class RandomDither(RandomEffect):
+class RandomDither(RowEffect):
     """Rounding to fewer bits after triangular noise, as `dither` does. Draws `seed`."""
 
     def __init__(self, bits: int = 16, *, p: float = 1.0, always: bool = False) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from remanence.errors import InputError
-from remanence.speech.wavaugment.augmentation import Augmentation, RandomEffect
+from remanence.speech.wavaugment.augmentation import Augmentation, RandomEffect, RowEffect
 from remanence.speech.wavaugment.band_reject import band_pass
 from remanence.speech.wavaugment.draws import Range, as_range, below, uniform, whole
 from remanence.speech.wavaugment.noise import Mix, add_noise, other_rows, sum_rows
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-class RandomNoise(RandomEffect):
+class RandomNoise(RowEffect):
     """Additive noise from a bank of clips at an even ratio; `add_noise`.
 
     Draws `clip`, `offset` (over all that leave the noise in one piece, where it is as long as the

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from remanence.speech.wavaugment.augmentation import RandomEffect
+from remanence.speech.wavaugment.augmentation import RowEffect
 from remanence.speech.wavaugment.draws import Range, as_range, as_whole_range, uniform, whole
 from remanence.speech.wavaugment.pitch import pitch_shift, speed, tempo
 from remanence.speech.wavaugment.waves import check_rate
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from remanence.speech.wavaugment.wsola import Search
 
 
-class RandomPitch(RandomEffect):
+class RandomPitch(RowEffect):
     """Pitch shifts of whole cents in [low, high), as the published code draws; `pitch_shift`.
 
     Draws `cents`. `low` equal to `high` fixes the shift.
@@ -57,7 +57,7 @@ class RandomPitch(RandomEffect):
         )
 
 
-class RandomSpeed(RandomEffect):
+class RandomSpeed(RowEffect):
     """Play faster or slower, pitch and all, by a factor even over a range; `speed`.
 
     The batch keeps its shape: a faster example ends earlier, at `ends`, with zeros behind it; a
@@ -91,7 +91,7 @@ class RandomSpeed(RandomEffect):
         return _sooner(lengths, params)
 
 
-class RandomTempo(RandomEffect):
+class RandomTempo(RowEffect):
     """Play faster or slower at the same pitch, by a factor even over a range; `tempo`.
 
     Keeps the batch's shape as `RandomSpeed` does. Draws `factor`.

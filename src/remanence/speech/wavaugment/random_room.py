@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch.nn.utils.rnn import pad_sequence
 
 from remanence.errors import InputError
-from remanence.speech.wavaugment.augmentation import RandomEffect
+from remanence.speech.wavaugment.augmentation import RowEffect
 from remanence.speech.wavaugment.draws import Range, as_range, as_whole_range, uniform, whole
 from remanence.speech.wavaugment.reverb import convolve_room, reverb
 from remanence.speech.wavaugment.waves import as_waves, check_rate
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class RandomReverb(RandomEffect):
+class RandomReverb(RowEffect):
     """Reverberation; `reverb`. A range draws evenly, a number is fixed.
 
     Draws `room` as whole percents in [low, high), as the published code does, then `reverberance`,
@@ -72,7 +72,7 @@ class RandomReverb(RandomEffect):
         )
 
 
-class RandomRoom(RandomEffect):
+class RandomRoom(RowEffect):
     """A room from a bank of impulse responses; `convolve_room`.
 
     Draws `response`. The bank is a buffer and moves with the module.

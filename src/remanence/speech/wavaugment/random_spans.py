@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from remanence.errors import InputError
-from remanence.speech.wavaugment.augmentation import RandomEffect
+from remanence.speech.wavaugment.augmentation import RowEffect
 from remanence.speech.wavaugment.draws import Range, as_range, as_whole_range, below, seeds, whole
 from remanence.speech.wavaugment.pieces import chunk_swap, kept_samples, splice_out
 from remanence.speech.wavaugment.row_noise import normal_noise
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Fill = Literal["silence", "noise"]
 
 
-class RandomTimeDrop(RandomEffect):
+class RandomTimeDrop(RowEffect):
     """Stretches anywhere within the valid samples, silenced or filled with noise; `time_drop`.
 
     Draws `durations` of whole samples in [0, `max_ms`), cut to the example's length, then `starts`
@@ -70,7 +70,7 @@ class RandomTimeDrop(RandomEffect):
         return time_drop(rows, starts, durations, edge=self.edge, noise=noise, lengths=lengths)
 
 
-class RandomSpliceOut(RandomEffect):
+class RandomSpliceOut(RowEffect):
     """Stretches cut out and the gaps closed; `splice_out`. What is left ends sooner, at `ends`.
 
     Draws what `RandomTimeDrop` draws, and takes its arguments.
@@ -105,7 +105,7 @@ class RandomSpliceOut(RandomEffect):
         return torch.where(values["apply"], kept.sum(1), old)
 
 
-class RandomChunkSwap(RandomEffect):
+class RandomChunkSwap(RowEffect):
     """Chunks, far apart or near, change places; `chunk_swap`.
 
     Draws `order`, any permutation, and `starts` over all places that do not overlap, (B, chunks),
