@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     Integers = NDArray[np.int64]
 
 SHARE = 2**17  # samples that are worth a thread
-LEAD = 101  # taps of the resampling filter before the sample at or before its middle
+REACH = 4  # samples that interpolation looks at to either side
+PHASES = 1024  # places between two of them that it has weights for
 
 
 def echoes(wave: Tensor, loops: Loops, ears: int, dry: Tensor | None) -> Tensor:
@@ -80,27 +81,18 @@ def spliced(
     return torch.from_numpy(out)
 
 
-def resampled(wave: Tensor, steps: Tensor, n_out: int, table: Floats) -> Tensor:
-    """Resample as `remanence.speech.wavaugment.resampling` does under `high`.
+def interpolate(wave: Floats, first: int, step: float, phases: Floats, out: Floats) -> None:
+    """Read a wave between its samples.
 
     Args:
-        wave: (B, C, T) float32.
-        steps: (B,) float64, input samples per output sample.
-        n_out: samples to return.
-        table: (P + 1, K) float32, the filter at i - LEAD - p / P for taps i and phases p.
-
-    Returns:
-        (B, C, n_out) float32.
+        wave: (C, T); where it has ended, `out` is 0.
+        first: where to begin, at least REACH - 1.
+        step: between two samples of `out`, in samples of `wave`.
+        phases: (PHASES + 1, 2 REACH), the weights of the samples around each place; a line is taken
+            from place to place.
+        out: (C, N), to be written.
     """
-    out = np.empty((*wave.shape[:2], n_out), np.float32)
-    given: list[Any] = [x.contiguous().numpy() for x in (wave.detach(), steps)]
-
-    def run(start: int, stop: int) -> None:
-        own: list[Any] = [*(x[start:stop] for x in given), table, out[start:stop]]
-        _resample(*own)
-
-    in_threads(run, len(out), wave.numel() // SHARE)
-    return torch.from_numpy(out)
+    _interpolate(wave, first, step, phases, out)
 
 
 def mixed(
@@ -349,56 +341,27 @@ def _mix(
         out[row, :, end:] = 0
 
 
-@reordered_kernel
-def _between(wave: Floats, lower: Floats, upper: Floats, share: float) -> float:
-    """Filter by two neighbouring phases, and interpolate."""
-    low = high = np.float32(0)
-    for i in range(len(lower)):
-        low += wave[i] * lower[i]
-        high += wave[i] * upper[i]
-    return float(low + np.float32(share) * (high - low))
-
-
 @fused_kernel
-def _spread(value: float, lower: Floats, upper: Floats, share: float, out: Floats) -> None:
-    """Add a sample to all outputs that its filter reaches."""
-    first, second = np.float32(value * (1 - share)), np.float32(value * share)
-    for i in range(len(lower)):
-        out[i] += first * lower[i] + second * upper[i]
+def _weighted(samples: Floats, lower: Floats, upper: Floats, share: np.float32) -> np.float32:
+    even = odd = np.float32(0)
+    # Two sums, as one waits for itself; a number of steps that is known is unrolled.
+    for i in range(0, 2 * REACH, 2):
+        even += samples[i] * (lower[i] + share * (upper[i] - lower[i]))
+        odd += samples[i + 1] * (lower[i + 1] + share * (upper[i + 1] - lower[i + 1]))
+    return even + odd
 
 
 @kernel
-def _resample(waves: Floats, steps: Doubles, table: Floats, out: Floats) -> None:
-    rows, channels, time = waves.shape
-    n_out = out.shape[2]
-    phases, taps = len(table) - 1, table.shape[1]
-    padded = np.zeros(time + LEAD + taps, np.float32)
-    result = np.empty(n_out + LEAD + taps, np.float32)
-    for row in range(rows):
-        step = steps[row]
-        for c in range(channels):
-            if step <= 1:
-                padded[LEAD : LEAD + time] = waves[row, c]
-                for n in range(n_out):
-                    q = n * step
-                    k = int(q)
-                    if k >= time + LEAD:
-                        out[row, c, n:] = 0
-                        break
-                    p = int((q - k) * phases)
-                    share = (q - k) * phases - p
-                    window = padded[k : k + taps]
-                    out[row, c, n] = _between(window, table[p], table[p + 1], share)
-                continue
-            # The filter is as wide as `step` says, in input samples; in output samples it is not.
-            result[:] = 0
-            for k in range(time):
-                q = k / step
-                n = int(q)
-                if n >= n_out + LEAD:
-                    break
-                p = int((q - n) * phases)
-                share = (q - n) * phases - p
-                value = waves[row, c, k] / step
-                _spread(value, table[p], table[p + 1], share, result[n : n + taps])
-            out[row, c] = result[LEAD : LEAD + n_out]
+def _interpolate(waves: Floats, first: int, step: float, phases: Floats, out: Floats) -> None:
+    channels, time = waves.shape
+    n_read = min(out.shape[1], int((time - REACH - 1 - first) / step) + 1)
+    for c in range(channels):
+        wave = waves[c]
+        for n in range(n_read):
+            place = (first - REACH + 1 + n * step) * PHASES
+            tick = int(place)
+            k = tick // PHASES
+            p = tick - k * PHASES
+            share = np.float32(place - tick)
+            out[c, n] = _weighted(wave[k:], phases[p], phases[p + 1], share)
+        out[c, n_read:] = 0

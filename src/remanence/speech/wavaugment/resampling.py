@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -26,14 +26,10 @@ from torch.nn import functional
 from remanence.errors import InputError
 from remanence.speech.wavaugment.waves import chunked, fast_length, fits
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 Quality = Literal["high", "quick"]
 CUTOFF = 0.95681386  # 6 dB down, as a share of the lower Nyquist frequency
 HALF_LENGTH = 101.025  # of the sinc, in samples of the lower rate
 BETA = 13.7053  # of the Kaiser window: 132.4 dB
-PHASES, TAPS = 1024, 224  # of its table: a multiple of what vector instructions take
 FRACTION_BITS = 32
 ONE: int = 2**FRACTION_BITS
 
@@ -58,9 +54,9 @@ def resample_at(wave: Tensor, steps: Tensor, n_out: int, *, quality: Quality = "
     if quality == "quick":
         return _cubic(wave, steps, n_out)
     if fits(wave):
-        from remanence.speech.wavaugment import compiled  # numba takes time to import
+        from remanence.speech.wavaugment.interpolation import interpolated  # imports numba
 
-        return compiled.resampled(wave, steps, n_out, _phases(compiled.LEAD))
+        return interpolated(wave, steps, n_out)
     return _sinc(wave, steps, n_out)
 
 
@@ -129,7 +125,7 @@ def _evaluate(wave: Tensor, steps: Tensor, n_out: int, lengths: tuple[int, int, 
 
 def _response(frequency: Tensor) -> Tensor:
     """The filter's gain at frequencies given as shares of the lower Nyquist frequency."""
-    values, start, spacing = _transition()
+    values, start, spacing = transition()
     at = ((frequency - start) / spacing).clamp(0, len(values) - 2)
     low = at.long()
     table = values.to(frequency.device)
@@ -137,7 +133,7 @@ def _response(frequency: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _transition() -> tuple[Tensor, float, float]:
+def transition() -> tuple[Tensor, float, float]:
     """The gain over the transition band: table, first frequency, spacing.
 
     A product in time is a convolution in frequency: the ideal step at the cutoff, smoothed by the
@@ -149,15 +145,3 @@ def _transition() -> tuple[Tensor, float, float]:
     passed = cumulative_simpson(window, x=offset, initial=0)
     gain = 1 - passed / passed[-1]
     return torch.from_numpy(gain), CUTOFF + offset[0], offset[1] - offset[0]
-
-
-@lru_cache(maxsize=1)
-def _phases(lead: int) -> NDArray[np.float32]:
-    """The filter at i - lead - p / PHASES: (PHASES + 1, TAPS), zero at both ends.
-
-    Between two phases a line is taken: at 1024 of them that is 125 dB below the wave.
-    """
-    t = np.arange(TAPS) - lead - np.arange(PHASES + 1)[:, None] / PHASES
-    window = i0(BETA * np.sqrt(np.clip(1 - (t / HALF_LENGTH) ** 2, 0, None))) / i0(BETA)
-    taps = np.where(np.abs(t) <= HALF_LENGTH, CUTOFF * np.sinc(CUTOFF * t) * window, 0)
-    return taps.astype(np.float32)
