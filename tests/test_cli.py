@@ -69,6 +69,14 @@ def test_version_gives_four_lines(capsys):
     assert lines[2] == f"torch {torch.__version__}"
 
 
+def test_help_is_the_whole_docstring_in_lines_as_wide_as_the_screen():
+    found = run("learn", "fixres", "--help", COLUMNS="200").stdout
+    assert "Fix the train-test resolution discrepancy" in found
+    # The docstring breaks these lines.
+    assert "a classifier is best tested at a larger size than it was trained at, and" in found
+    assert "classifier, released, classifier+last_bn (default), head_block" in found
+
+
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_every_option_has_help(path, capsys):
     arguments = command(build(), path).assemble_argument_collection(parse_docstring=True)
@@ -150,7 +158,7 @@ def test_an_error_from_a_loader_process_is_one_line(monkeypatch, capsys):
     def job(*_, **__):
         list(DataLoader(Failing(), num_workers=1))
 
-    monkeypatch.setattr(cli, "build", lambda: job)
+    monkeypatch.setattr(cli, "build", lambda _: job)
     assert main([]) == 2
     assert capsys.readouterr().err == (
         "remanence: cat/0.jpg: unreadable image (truncated); pass --skip-broken\n"
@@ -161,7 +169,7 @@ def raising(error):
     def job(*_, **__):
         raise error
 
-    return lambda: job
+    return lambda _: job
 
 
 def test_an_interruption_has_status_130(monkeypatch):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib
+import inspect
 import os
+import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cyclopts
 from cyclopts import App
@@ -13,7 +17,7 @@ from cyclopts import App
 from remanence.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 ROOMS = {
     "learn": "Train and sharpen networks.",
@@ -130,8 +134,11 @@ def _version() -> str:
     )
 
 
-def build() -> App:
+def build(called: Sequence[str] = ()) -> App:
     """Build the command line.
+
+    Args:
+        called: Words of a command line. If they ask for a command's help, it is the job's own.
 
     Returns:
         The application; `remanence --install-completion` sets up shell completion.
@@ -149,9 +156,27 @@ def build() -> App:
         app.command(room)
     for path, (job, text) in COMMANDS.items():
         parent = app if len(path) == 1 else rooms[path[0]]
-        parent.command(job, name=path[-1], help=text)
+        if path == tuple(called[: len(path)]) and {"--help", "-h"} & set(called):
+            parent.command(_documented(job), name=path[-1])
+        else:
+            parent.command(job, name=path[-1], help=text)
     app.register_install_completion_command()
     return app
+
+
+def _documented(job: str) -> Callable[..., Any]:
+    """Import a job, with the lines of its docstring joined: they are as wide as our screen."""
+    module, name = job.split(":")
+    function = getattr(importlib.import_module(module), name)
+
+    @functools.wraps(function)
+    def documented(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    description, arguments, rest = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")
+    description = re.sub(r"(?<=\S)\n(?=\S)", " ", description)
+    documented.__doc__ = description + arguments + re.sub(r"(?<=\S)\n {8,}", " ", rest)
+    return documented
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,8 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 1 a claim does not hold, 2 bad input, 130 interrupted.
     """
     try:
-        result = build()(
-            sys.argv[1:] if arguments is None else arguments,
+        words = sys.argv[1:] if arguments is None else arguments
+        result = build(words)(
+            words,
             exit_on_error=False,
             print_error=False,
             result_action="return_value",
