@@ -1,10 +1,15 @@
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numba
+import numpy as np
 import pytest
 import torch
 
+from remanence import kernels
 from remanence.kernels import fused_kernel, in_threads, kernel, reordered_kernel
 
 SCRIPT = """
@@ -72,3 +77,31 @@ def test_what_is_compiled_is_kept_where_there_is_a_place(tmp_path, kept):
         script.write_text(SCRIPT.replace("0.0", "1.0"))
         assert run() == ["7.0", "0"]
         assert len(list((tmp_path / "__pycache__").glob("kernels-*"))) == 2
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_other_versions_and_other_flags_keep_their_code_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    code, changed = tmp_path / "code.py", tmp_path / "changed.py"
+    code.write_text("def half(x):\n    return x / 2\n")
+    half = load(code).half
+
+    def place(module=kernels):
+        return Path(module.reordered_kernel(half).stats.cache_path).parent
+
+    first = place()
+    assert first.parent == tmp_path / "__pycache__"
+    assert place() == first
+    for library in (numba, np):
+        with monkeypatch.context() as other:
+            other.setattr(library, "__version__", "0.1")
+            assert place() != first
+    flags = Path(kernels.__file__).read_text().replace('"reassoc"', '"reassoc", "nnan"')
+    changed.write_text(flags)
+    assert place(load(changed)) != first

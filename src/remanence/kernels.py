@@ -25,8 +25,8 @@ def kernel(function: Function) -> Function:
     """Compile a function when it is first called, to run without the interpreter's lock.
 
     What is compiled is kept on disk, beside the code or where NUMBA_CACHE_DIR says, so that the
-    next process need not wait for it. Only the function's own file is looked at to tell whether
-    that is still true: constants of other files go in as arguments.
+    next process need not wait for it. Only the function's own file and this one are looked at to
+    tell whether that is still true: constants of other files go in as arguments.
     """
     return _compiled(function, set())
 
@@ -64,7 +64,8 @@ def _place(function: Callable[..., Any]) -> str:
     """
     code = Path(function.__code__.co_filename)
     versions = f"{numba.__version__} {np.__version__}".encode()
-    return str(code.parent / "__pycache__" / f"kernels-{crc32(code.read_bytes() + versions):08x}")
+    made_of = code.read_bytes() + Path(__file__).read_bytes() + versions
+    return str(code.parent / "__pycache__" / f"kernels-{crc32(made_of):08x}")
 
 
 def in_threads(run: Callable[[int, int], Result], rows: int, worth: int) -> list[Result]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch.nn import functional
 
 from remanence.cli import main
 from remanence.errors import InputError
@@ -22,9 +23,12 @@ from remanence.jobs.speech.augment_noise import GIVEN, RECIPES, Chains, chain_te
 from remanence.jobs.speech.augment_plan import cut
 from remanence.kit.audio import read_audio
 from remanence.kit.report import Report
-from remanence.speech.wavaugment.chain import from_recipe
+from remanence.kit.words import counted
+from remanence.speech.wavaugment.chain import Chain, from_recipe
 from remanence.speech.wavaugment.chain_text import from_text
 from remanence.speech.wavaugment.params import Params
+from remanence.speech.wavaugment.pitch import speed
+from remanence.speech.wavaugment.random import RandomSpeed, RandomTempo
 
 RATE = 8000
 FRAMES = {"ann/one": 2531, "ann/two": 4800, "bob/one": 2600, "bob/deep/two": 2533}
@@ -184,6 +188,31 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(whole, files, tmp_path, mo
     assert (again.out / "params.jsonl").read_bytes() == (whole.out / "params.jsonl").read_bytes()
 
 
+def test_resuming_writes_what_is_missing_and_refuses_other_recordings(files, tmp_path, monkeypatch):
+    source = tmp_path / "speech"
+    shutil.copytree(files / "speech", source)
+    options = {"chain": "speed[0.7:0.9],reverb", "batch_seconds": 1.0, "subtype": "FLOAT"}
+    whole = augment(str(source), out=tmp_path / "whole", **options)
+    real, calls = augment_batches.write_wav, []
+
+    def write_or_stop(*args, **given):
+        calls.append(args[0])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **given)
+
+    monkeypatch.setattr(augment_batches, "write_wav", write_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        augment(str(source), out=tmp_path / "run", **options)
+    calls[0].unlink()
+    (source / "ann" / "one.wav").rename(source / "ann" / "none.wav")
+    with pytest.raises(InputError, match="was begun with other recordings"):
+        augment(str(source), out=tmp_path / "run", resume=True, **options)
+    (source / "ann" / "none.wav").rename(source / "ann" / "one.wav")
+    again = augment(str(source), out=tmp_path / "run", resume=True, **options)
+    assert sounds(again.out) == sounds(whole.out)
+
+
 def test_params_replay_to_the_same_bytes(whole, files, tmp_path):
     old = whole.out / "params.jsonl"
     again = run(files, tmp_path / "all", replay=old, subtype="FLOAT")
@@ -290,11 +319,12 @@ def test_what_goes_beyond_full_scale_is_counted_and_said(overflow, tmp_path, cap
     said = capsys.readouterr().err
     assert results["outputs_beyond_full_scale"] == 1
     assert results["inputs_at_full_scale"] == 1
-    assert "1 of 2 recordings at full scale already" in said
+    assert "1 of 2 recordings was at full scale already, perhaps clipped" in said
     assert "1 of 2 outputs went beyond full scale" in said
     if overflow == "clip":
         assert results["samples_cut_off"] == results["samples_beyond_full_scale"] > 0
         assert (np.abs(y) > 1 - 2**-14).sum() >= results["samples_cut_off"]
+        assert f": {counted(results['samples_cut_off'], 'sample')} w" in said
     elif overflow == "lower":
         assert results["samples_cut_off"] == 0
         assert np.abs(y).max() == pytest.approx(1, abs=2**-14)
@@ -304,6 +334,15 @@ def test_what_goes_beyond_full_scale_is_counted_and_said(overflow, tmp_path, cap
         assert np.abs(y).max() > 1.01
         assert results["samples_cut_off"] == 0
         assert "which floats keep" in said
+
+
+def test_lowered_recordings_end_at_the_largest_sample_of_16_bits(tmp_path):
+    loud = write(tmp_path / "loud.wav", voice(4000, 1) / np.abs(voice(4000, 1)).max())
+    made = augment(
+        str(loud), out=tmp_path / "run", chain="gain[6]", overflow="lower", subtype="PCM_24"
+    )
+    y, _ = soundfile.read(made.out / "audio/loud.wav")
+    assert np.abs(y).max() == pytest.approx(1 - 2**-15, abs=2**-23)
 
 
 def test_long_recordings_are_joined_without_a_seam(files, tmp_path):
@@ -359,6 +398,23 @@ def test_noise_folders_in_the_chain_are_opened_too(files, tmp_path):
     assert sum(r.startswith("noise in ") for r in made.results["remarks"]) == 2
 
 
+def test_noise_that_rates_share_is_counted_once(files, tmp_path):
+    source = tmp_path / "mixed"
+    for rate in (RATE, 11_025, 16_000):
+        write(source / f"{rate}.wav", voice(2000, 1, rate), rate)
+    made = augment(str(source), out=tmp_path / "run", chain="noise", noise=str(files / "noise"))
+    said = " ".join(r for r in made.results["remarks"] if r.startswith("noise in "))
+    assert said.count("2 clips") == 1
+    assert said.count("resampled to 11,025") == said.count("resampled to 16,000") == 1
+
+
+def test_an_effect_in_the_noise_is_counted_where_the_noise_is_mixed_in(files, tmp_path):
+    noise = str(files / "noise")
+    made = run(files, tmp_path / "run", chain="noise[9,p=0.5,chain=[clip]]", noise=noise, copies=4)
+    counts = {name: effect["applied"] for name, effect in made.results["effects"].items()}
+    assert 0 < counts["1.1 clip"] == counts["1 noise"] < 16
+
+
 def test_noise_goes_into_every_step_that_names_no_folder(files):
     noise, other = str(files / "noise"), str(files / "other")
     for given, places in {
@@ -397,19 +453,61 @@ def test_chains_within_chains_are_measured_counted_and_replayed(files, tmp_path)
     assert sounds(again.out) == sounds(made.out)
 
 
-def test_speed_ends_files_where_the_speech_ends(files, tmp_path):
-    made = run(files, tmp_path / "run", chain="speed[1.25]", subtype="FLOAT")
+@pytest.mark.parametrize("factor", [1.25, 0.8])
+def test_speed_ends_files_where_the_speech_ends(factor, files, tmp_path):
+    made = run(files, tmp_path / "run", chain=f"speed[{factor}]", subtype="FLOAT", copies=2)
     for row in lines(made.out):
         old = FRAMES[row["recording"]]
-        info = soundfile.info(made.out / row["output"])
-        assert info.frames == row["frames"] == math.floor(old / 1.25 + 0.5)
-    assert "speed: recordings may end sooner, and words move" in made.results["remarks"]
-    slow = run(files, tmp_path / "slow", chain="tempo[0.8]")
-    assert any("slow down" in remark for remark in slow.results["remarks"])
+        assert row["frames"] == math.floor(old / factor + 0.5)
+        x = read_audio(files / "speech" / f"{row['recording']}.wav")
+        y = read_audio(made.out / row["output"])
+        torch.testing.assert_close(y, speed(x, factor)[0], atol=1e-6, rtol=0)
+    assert "speed: files become longer or shorter, and words move" in made.results["remarks"]
+    assert made.results["hours"] == pytest.approx(
+        2 * sum(FRAMES.values()) / factor / RATE / 3600, rel=1e-3
+    )
+    shared = {}
+    for rank in (0, 1):
+        options = {"subtype": "FLOAT", "copies": 2, "rank": rank, "world_size": 2}
+        shared |= sounds(run(files, tmp_path / "part", chain=f"speed[{factor}]", **options).out)
+    assert shared == sounds(made.out)
     with pytest.raises(InputError, match=r"one\.wav: lasts longer than --piece-seconds 0\.3"):
         run(files, tmp_path / "no", chain="speed[1.25]", piece_seconds=0.3)
     again = run(files, tmp_path / "again", replay=made.out / "params.jsonl", subtype="FLOAT")
     assert sounds(again.out) == sounds(made.out)
+
+
+def test_what_slows_down_is_kept_to_its_end_by_all_that_follows(files, tmp_path):
+    noise = write(tmp_path / "noise.wav", np.ones(4000) * 0.1)
+    chain = "oneof[[tempo[0.5],tempo[0.6]]],noise[0],swap[2,share=0.5],speed[0.9]"
+    source = files / "speech/ann/one.wav"
+    options = {"noise": str(noise), "copies": 4, "subtype": "FLOAT"}
+    made = augment(str(source), out=tmp_path / "run", chain=chain, **options)
+    frames = {math.floor(math.floor(2531 / f + 0.5) / 0.9 + 0.5) for f in (0.5, 0.6)}
+    assert {row["frames"] for row in lines(made.out)} == frames
+    for row in lines(made.out):
+        assert row["noise_looped"]  # it is as long as the recording, and not as what it became
+        (params,) = drawn(row)
+        assert int(params.values["2.sizes"]) in (5062 // 2, 4218 // 2)
+        length = torch.tensor([2531])
+        room = Chain([RandomTempo(RATE, 0.5), RandomSpeed(0.9)]).most_samples(2531)
+        whole = from_text(chain, RATE, lambda _: [torch.full((4000,), 0.1)], noise="x")
+        x = functional.pad(read_audio(source), (0, room - 2531))
+        y = whole(x, length, params=params)[: row["frames"]]
+        torch.testing.assert_close(read_audio(made.out / row["output"]), y, atol=1e-6, rtol=0)
+    del options["copies"]
+    again = augment(
+        str(source), out=tmp_path / "again", replay=made.out / "params.jsonl", **options
+    )
+    assert sounds(again.out) == sounds(made.out)
+
+
+def test_recordings_of_a_few_samples_do_not_become_empty(tmp_path):
+    for frames in (1, 2, 80):
+        write(tmp_path / "short" / f"{frames}.wav", np.ones(frames) * 0.1)
+    chain = "splice[1000],speed[10],tempo[9.9]"
+    made = augment(str(tmp_path / "short"), out=tmp_path / "run", chain=chain)
+    assert {row["frames"] for row in lines(made.out)} == {1}
 
 
 def test_silence_stays_silence(files, tmp_path):
@@ -466,11 +564,40 @@ def test_bad_recordings_are_refused(files, tmp_path):
     refused("three.wav: wave has 3 channels", tmp_path, three, chain="reverb")
 
 
+def test_broken_recordings_are_left_out_counted_and_named(files, tmp_path, capsys):
+    source = tmp_path / "speech"
+    shutil.copytree(files / "speech", source)
+    (source / "ann" / "empty.wav").write_bytes(b"")
+    nan = voice(2000, 1)
+    nan[7] = np.nan
+    write(source / "bob" / "nan.wav", nan, subtype="FLOAT")
+    refused("empty.wav is an empty file", tmp_path, source, chain="reverb")
+    options = {"copies": 2, "skip_broken": True, "subtype": "FLOAT"}
+    made = augment(str(source), out=tmp_path / "run", chain="reverb,drop", **options)
+    assert sorted(made.results["broken"]) == ["ann/empty", "bob/nan"]
+    assert "holds NaN" in made.results["broken"]["bob/nan"]
+    assert "2 unreadable recordings left out, the first: recording" in capsys.readouterr().err
+    assert {row["recording"] for row in lines(made.out)} == set(FRAMES)
+    assert made.results["outputs"] == len(sounds(made.out)) == 8
+    clean = run(files, tmp_path / "clean", chain="reverb,drop", copies=2, subtype="FLOAT")
+    assert sounds(made.out) == sounds(clean.out)
+    lines_before = made.out / "params.jsonl"
+    (source / "ann" / "one.wav").write_bytes(b"")
+    again = augment(
+        str(source), out=tmp_path / "b", replay=lines_before, skip_broken=True, subtype="FLOAT"
+    )
+    assert again.results["outputs"] == 6
+    only = str(source / "ann" / "[eo]*.wav")
+    for copies in (made, again):
+        shutil.rmtree(copies.out)
+    refused("none of 2 recordings is whole", tmp_path, only, chain="clip", skip_broken=True)
+
+
 def test_bad_chains_are_refused_and_pointed_at(files, tmp_path):
     speech = files / "speech"
     for chain, words in {
         "revreb": "column 1: 'revreb' is no effect",
-        "pitch,reverb[room=0:200]": r"column 7: reverb: room \(0\.0, 200\.0\)",
+        "pitch,reverb[room=0:200]": "column 19: reverb: room 0:200 lies outside",
         "pitch[a]": "column 7: 'a' is no number",
         "pitch,noise": "say where it lies with --noise",
         "cpc2": "say where it lies with --noise",

@@ -1,12 +1,21 @@
 import errno
+import importlib
+import inspect
 import json
 import multiprocessing
 import os
+import resource
+import shlex
 import signal
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 
+from remanence.cli import COMMANDS, build
 from remanence.errors import InputError
 from remanence.kit.run import run_folder
 
@@ -244,6 +253,24 @@ def test_a_checkpoint_on_a_full_disk_keeps_the_one_before(tmp_path, monkeypatch)
         assert run.load_state("train") == {"step": 1}
 
 
+def test_an_array_on_a_full_disk_is_no_mystery(tmp_path):
+    def job(run):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        try:
+            np.save(run.path("x.npy"), np.zeros(100_000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    with pytest.raises(OSError, match="is the disk full") as caught:
+        carry_out(tmp_path / "run", job)
+    assert caught.value.errno == errno.EIO
+    assert caught.value.filename == tmp_path / "run.partial"
+    assert not list(tmp_path.iterdir())
+
+
 def killed(out):
     with begin(out) as run:
         run.save_state("train", {"step": 7})
@@ -262,14 +289,69 @@ def test_a_killed_run_can_be_resumed(tmp_path):
 
 
 def test_the_summary_gives_the_command_to_type(tmp_path):
-    options = {"batch_size": 8, "flag": True, "off": False, "none": None, "data": "digits"}
-    options["names"] = "(?P<phone>[0-9])"
+    options = {"batch_size": 8, "flag": True, "off": False, "none": None, "data": Path("my data")}
+    options |= {"names": "(?P<phone>[0-9])", "warmup": 0, "layer": ["a", "b c"], "scale": (0.1, 1)}
+    options |= {"chain": "-x", "base": ("one", "two"), "db": [-3.0], "nothing": [], "on": ()}
     with run_folder(tmp_path / "run", "learn test", options, seed=3) as run:
         summary = run.summary()
-    assert summary["command"].startswith("remanence learn test --batch-size 8")
-    assert summary["command"].endswith("--flag --data digits --names '(?P<phone>[0-9])'")
-    assert "--off" not in summary["command"]
+    assert summary["command"] == (
+        "remanence learn test one two --batch-size 8 --flag --no-off --data 'my data' "
+        "--names '(?P<phone>[0-9])' --warmup 0 --layer a --layer 'b c' --scale 0.1 1 --chain=-x "
+        f"--db=-3.0 --out {tmp_path}/run"
+    )
     assert summary["seed"] == "3"
+
+
+def test_the_command_of_a_share_gives_the_folder_of_all(tmp_path):
+    options = {"rank": 0, "world_size": 2}
+    with run_folder(tmp_path / "run-0-of-2", "learn test", options) as run:
+        command = run.summary()["command"]
+    assert command == f"remanence learn test --rank 0 --world-size 2 --out {tmp_path}/run"
+
+
+# The other rooms' commands have no kinds of options that these have not, and take long to import.
+TYPED = [path for path in COMMANDS if path[0] == "speech"] + [("search", "index")]
+
+
+@pytest.mark.parametrize("path", TYPED, ids=" ".join)
+def test_the_command_in_a_report_is_read_as_what_was_asked(path, tmp_path):
+    """Every job's options, each with a value other than its default where it can have one."""
+    module, name = COMMANDS[path][0].split(":")
+    job = getattr(importlib.import_module(module), name)
+    hints = get_type_hints(job)
+    asked = {
+        parameter.name: (
+            ("a b", "c")
+            if parameter.kind is parameter.VAR_POSITIONAL
+            else some(hints[parameter.name], parameter.default)
+        )
+        for parameter in inspect.signature(job).parameters.values()
+    }
+    out = asked.pop("out")
+    asked.pop("resume", None)
+    with run_folder(tmp_path / out, " ".join(path), asked) as run:
+        words = shlex.split(run.summary()["command"])
+    _, bound, _ = build()[path[0]][path[1]].parse_args(words[3:], exit_on_error=False)
+    assert words[:3] == ["remanence", *path]
+    assert bound.arguments == {k: v for k, v in asked.items() if v is not None} | {
+        "out": tmp_path / out
+    }
+
+
+def some(hint, default):
+    """A value of a type that is not the default."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if get_origin(hint) in (Union, UnionType):
+        hint = next(one for one in get_args(hint) if one is not type(None))
+    if get_origin(hint) is Literal:
+        return next((one for one in get_args(hint) if one != default), get_args(hint)[0])
+    if get_origin(hint) is list:
+        return [some(get_args(hint)[0], None)] * 2
+    if get_origin(hint) is tuple:
+        return tuple(some(one, None) for one in get_args(hint))
+    values = {bool: not default, int: 0, float: -0.5, str: "-x y", Path: Path("-x y")}
+    return values[hint]
 
 
 def test_results_hold_no_nan(tmp_path):

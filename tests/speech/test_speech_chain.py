@@ -214,6 +214,41 @@ def test_one_of_and_some_of_touch_each_row_by_their_number_of_effects() -> None:
     assert (kept | (y[only] == 0)).all()
 
 
+def test_what_follows_a_change_of_length_is_drawn_on_the_new_length() -> None:
+    x = waves(200, 1, 4000)
+    half = Chain([RandomSpeed(2.0), RandomChunkSwap(2, 0.5)])
+    y, params = half(x, generator=seeded(), return_params=True)
+    kept = half.effects[0](x, params=params.under("0")).sort(-1)[0]
+    torch.testing.assert_close(y.sort(-1)[0], kept)  # swapped, and nothing lost
+    lengths = torch.tensor([1000, 3200]).repeat(500)
+    pace, drop = RandomSpeed((0.5, 2.0)), RandomTimeDrop(RATE, 1000)
+    for chain in (
+        Chain([pace, RandomSpliceOut(RATE), drop]),
+        Chain([Chain([pace, RandomSpliceOut(RATE)]), drop]),
+        SomeOf(2, [pace, RandomSpliceOut(RATE), drop]),
+        Chain([OneOf([pace, RandomGain()]), drop]),
+    ):
+        generator = seeded()
+        params = chain.sample(1000, lengths, generator, time=4000)
+        ends = chain.ends(lengths, params, 4000)  # no drop moves an end
+        last = str(len(chain.effects) - 1)
+        drawn = params.under(last).values
+        stops = (drawn["starts"] + drawn["durations"])[:, 0]
+        assert (stops <= ends).all()
+        assert ((stops > 3200) & (lengths == 3200)).any()
+        if type(chain) is Chain:
+            again = seeded()
+            for effect in chain.effects:
+                effect.sample(1000, lengths, again)
+            assert torch.equal(again.get_state(), generator.get_state())
+
+
+def test_a_chain_cuts_off_at_full_scale_after_each_effect() -> None:
+    x = torch.tensor([0.05, 0.3, -0.9])
+    chain = Chain([RandomGain((20, 20)), RandomGain((-20, -20))], saturate=True)
+    torch.testing.assert_close(chain(x), torch.tensor([0.05, 0.1, -0.1]))
+
+
 def test_two_views_are_where_their_mode_says() -> None:
     x = waves(4, 1, 600)
     chain = RandomReverb(RATE)
@@ -353,34 +388,34 @@ def test_every_effect_and_nested_chains_can_be_written() -> None:
         ("pitch,reverb[ size=3]", 15, "no option 'size'"),
         ("reverb[room=3,50]", 15, "needs its name"),
         ("reverb[3,room=5]", 10, "twice"),
-        ("reverb[room=big]", 8, "'big' is no number"),
-        ("reverb[room=1:2:3]", 8, "low:high"),
+        ("reverb[room=big]", 13, "'big' is no number"),
+        ("reverb[room=1:2:3]", 13, "low:high"),
         ("clip[1], bandreject[1:2]", 21, "one number"),
-        ("pitch[quality=best]", 7, "high, quick"),
-        ("clip[1],reverb[room=90:10]", 9, "room"),
+        ("pitch[quality=best]", 15, "high, quick"),
+        ("clip[1],reverb[room=90:10]", 21, "90:10"),
         ("noise[5]", 1, "dir is missing"),
         ("noise[dir=x]", 1, "open_noise"),
-        ("noise[dir=]", 7, "name must follow"),
-        ("clip[2]", 1, "factor"),
-        ("clip[1,p=2]", 1, "no probability"),
-        ("clip[nan]", 1, "factor"),
-        ("pitch[12.5]", 1, "whole"),
-        ("reverb[0:9.5]", 1, "whole"),
+        ("noise[dir=]", 11, "name must follow"),
+        ("clip[2]", 6, "factor"),
+        ("clip[1,p=2]", 10, "no probability"),
+        ("clip[nan]", 6, "factor"),
+        ("pitch[12.5]", 7, "whole"),
+        ("reverb[0:9.5]", 8, "whole"),
         ("clip,oneof[[pitch,clop]]", 19, "'clop' is no effect"),
-        ("oneof[[pitch,clip[2]]]", 14, "factor"),
+        ("oneof[[pitch,clip[2]]]", 19, "factor"),
         ("oneof[pitch,clip]", 7, "brackets of its own"),
         ("oneof", 1, "effects are missing"),
-        ("someof[5,of=[pitch,clip]]", 1, "k 5"),
+        ("someof[5,of=[pitch,clip]]", 8, "k 5"),
         ("oneof[[pitch,clip],p=1]", 20, "no option 'p'"),
         ("oneof[[pitch,clip]", 6, "never closed"),
         ("oneof[[pitch]x]", 14, "'x' after ']'"),
-        ("noise[dir=x,band=80]", 13, "low:high"),
+        ("noise[dir=x,band=80]", 18, "low:high"),
         ("swap[2.5]", 6, "no whole number"),
         ("dither[16,yes]", 11, "needs its name"),
         ("clip[1]]", 8, "closes nothing"),
         ("clip]", 5, "closes nothing"),
         ("room", 1, "room[dir=folder]"),
-        ("drop[50,fill=music]", 9, "silence, noise"),
+        ("drop[50,fill=music]", 14, "silence, noise"),
     ],
 )
 def test_a_wrong_text_is_named_with_its_column(text: str, column: int, word: str) -> None:

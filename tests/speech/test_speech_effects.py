@@ -1,6 +1,7 @@
 """Effects beyond the paper's own, each against a loop, a closed form or a count."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from remanence.errors import InputError
 from remanence.speech.wavaugment.augmentation import Augmentation
 from remanence.speech.wavaugment.band_reject import band_reject
-from remanence.speech.wavaugment.chain import Chain, from_recipe
+from remanence.speech.wavaugment.chain import Chain, OneOf, SomeOf, from_recipe
 from remanence.speech.wavaugment.clip import clip
 from remanence.speech.wavaugment.frequency_drop import frequency_drop
 from remanence.speech.wavaugment.noise import add_noise
@@ -20,7 +21,6 @@ from remanence.speech.wavaugment.pieces import chunk_swap, splice_out
 from remanence.speech.wavaugment.pitch import pitch_shift, remap_times, speed, tempo
 from remanence.speech.wavaugment.random import (
     RandomBabble,
-    RandomBandReject,
     RandomChunkSwap,
     RandomClip,
     RandomDither,
@@ -107,8 +107,9 @@ def test_effects_repeat_replay_keep_silence_and_rest_in_eval(effect: Augmentatio
     assert torch.equal(effect(x, lengths, generator=seeded()), y)
     assert not torch.equal(effect(x, lengths, generator=seeded(1)), y)
     assert torch.equal(effect(x, lengths, params=Params.from_json(params.to_json())), y)
-    ends = effect.ends(lengths, params)
-    assert (ends <= lengths).all()
+    ends = effect.ends(lengths, params, 1000)
+    assert (ends <= 1000).all()
+    assert torch.equal(ends > 0, lengths > 0)
     assert effect.changes_ends or torch.equal(ends, lengths)
     for i, n in enumerate(ends.tolist()):
         assert y[i, :, n:].abs().sum() == 0
@@ -235,8 +236,8 @@ def test_speed_and_tempo_keep_the_batch_and_tell_where_clips_end() -> None:
     ):
         y = effect(x, lengths, params=params)
         assert y.shape == x.shape
-        torch.testing.assert_close(y[:, :, :3000], plain[:, :, :3000])
-        ends = effect.ends(lengths, params)
+        torch.testing.assert_close(y, plain[:, :, :4000])
+        ends = effect.ends(lengths, params, 4000)
         assert ends.tolist() == [2400, 4000]
         assert y[0, 0, 2400:].abs().max() == 0
         mapped = remap_times(lengths[:1].double(), fast_slow[:1])
@@ -244,11 +245,61 @@ def test_speed_and_tempo_keep_the_batch_and_tell_where_clips_end() -> None:
     # What comes next in a chain knows the new end: noise does not go on behind it.
     chain = Chain([RandomSpeed(1.25), RandomNoise(BANK)])
     y, params = chain(x, lengths, generator=seeded(), return_params=True)
-    assert chain.ends(lengths, params).tolist() == [2400, 3200]
+    assert chain.ends(lengths, params, 4000).tolist() == [2400, 3200]
     assert y[1, 0, 3200:].abs().max() == 0
     assert y[1, 0, 3190:3200].abs().max() > 0
     idle = RandomSpeed(1.25, p=0.0)
-    assert idle.ends(lengths, idle.sample(2, lengths)).tolist() == [3000, 4000]
+    assert idle.ends(lengths, idle.sample(2, lengths), 4000).tolist() == [3000, 4000]
+
+
+@pytest.mark.parametrize("slow", [RandomSpeed(0.8), RandomTempo(RATE, 0.8)], ids=name_of)
+def test_what_slows_down_grows_into_the_padding_behind_it(slow: Augmentation) -> None:
+    x = waves(3, 1, 3000)
+    lengths = torch.tensor([2000, 2900, 3000])
+    plain = speed if isinstance(slow, RandomSpeed) else partial(tempo, sample_rate=RATE)
+    whole, _ = plain(x, factor=0.8, lengths=lengths)
+    y, params = slow(x, lengths, return_params=True)
+    assert slow.ends(lengths, params, 3000).tolist() == [2500, 3000, 3000]
+    torch.testing.assert_close(y, whole[:, :, :3000])
+    assert y[0, 0, 2050:2100].abs().max() > 0
+    # What follows in a chain goes on to the new end.
+    y, params = Chain([slow, RandomNoise(BANK), slow])(x, lengths, return_params=True)
+    noisy = Chain([slow, RandomNoise(BANK)])(
+        x, lengths, params=Params({k: v for k, v in params.values.items() if k[0] != "2"})
+    )
+    torch.testing.assert_close(
+        y, plain(noisy, factor=0.8, lengths=torch.tensor([2500, 3000, 3000]))[0][:, :, :3000]
+    )
+
+
+def test_a_batch_of_most_samples_cuts_nothing_off() -> None:
+    slow = RandomSpeed((0.5, 1.5))
+    effects = [slow, RandomSpliceOut(RATE), RandomTempo(RATE, (0.7, 1.1)), slow]
+    for chain, most in (
+        (Chain(effects), 5714),
+        (SomeOf(2, effects), 4000),
+        (OneOf(effects), 2000),
+        (Chain([RandomClip(), OneOf([RandomSpeed(1.2)])]), 1000),
+    ):
+        assert chain.most_samples(1000) == most
+        params = chain.sample(500, 1000, seeded(), time=most)
+        lengths = torch.full((500,), 1000)
+        ends = chain.ends(lengths, params, most)
+        assert torch.equal(ends, chain.ends(lengths, params, 9999))
+        assert most * 0.5 < ends.max() <= most
+
+
+@pytest.mark.parametrize(
+    "effect",
+    [RandomSpeed(10.0), RandomTempo(RATE, 9.9), RandomSpliceOut(RATE, 1000, count=5)],
+    ids=name_of,
+)
+def test_nothing_becomes_empty_that_was_not(effect: Augmentation) -> None:
+    lengths = torch.arange(5).repeat(40)
+    y, params = effect(waves(200, 1, 9), lengths, generator=seeded(), return_params=True)
+    ends = effect.ends(lengths, params, 9)
+    assert torch.equal(ends > 0, lengths > 0)
+    assert y.isfinite().all()
 
 
 def test_drops_filled_with_noise_keep_the_local_level() -> None:
@@ -307,7 +358,7 @@ def test_spliced_clips_are_what_is_left() -> None:
     assert y[1, 0].tolist() == [*range(1, 16), *[0] * 5]
     effect = RandomSpliceOut(1000, 10, count=2)
     out, params = effect(x, generator=seeded(3), return_params=True)
-    assert torch.equal(effect.ends(torch.tensor([20, 20]), params), (out[:, 0] > 0).sum(1))
+    assert torch.equal(effect.ends(torch.tensor([20, 20]), params, 20), (out[:, 0] > 0).sum(1))
 
 
 def test_levels_are_what_was_drawn() -> None:
@@ -493,15 +544,6 @@ def test_a_gpu_gives_what_the_processor_gives(effect: Augmentation) -> None:
     z = effect.to("cuda")(x.to("cuda"), lengths, params=params).cpu()
     error = (y - z).double().square().sum() / y.double().square().sum()
     assert 10 * math.log10(error.item() + 1e-30) < -100
-
-
-@pytest.mark.slow
-def test_a_compiled_chain_gives_what_it_gives_uncompiled() -> None:
-    chain = Chain([RandomReverb(RATE), RandomNoise(BANK), RandomBandReject(RATE)])
-    x = waves(4, 1, 2400)
-    params = chain.sample(4, 2400, seeded())
-    compiled = torch.compile(chain, fullgraph=False)
-    torch.testing.assert_close(compiled(x, params=params), chain(x, params=params))
 
 
 def test_the_shapes_inside_do_not_hang_on_what_was_drawn() -> None:

@@ -34,10 +34,11 @@ def test_the_measured_ratio_is_the_one_asked_for_in_every_row() -> None:
         assert y[i, :, k:].abs().sum() == 0
 
 
-def test_one_channel_of_noise_serves_two_at_the_same_ratio() -> None:
-    x, n = noise(2, 2, 500), noise(2, 1, 500, seed=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled, and by torch
+def test_one_channel_of_noise_serves_two_at_the_same_ratio(dtype: torch.dtype) -> None:
+    x, n = noise(2, 2, 500).to(dtype), noise(2, 1, 500, seed=1).to(dtype)
     added = add_noise(x, n, 7.0) - x
-    torch.testing.assert_close(added[:, 0], added[:, 1])
+    torch.testing.assert_close(added[:, 0], added[:, 1], atol=1e-7, rtol=0)
     for i in range(2):
         assert 20 * math.log10(rms(x[i]) / rms(added[i])) == pytest.approx(7, abs=1e-3)
 
@@ -74,6 +75,22 @@ def test_short_noise_starts_over_from_its_offset() -> None:
     added = 2 * y - x
     assert added[0, 0].tolist() == [3, 1, 2, 3, 1, 2, 3, 1, 2, 3]
     assert added[1, 0].tolist() == [5, 4, 5, 4, 5, 4, 5, 4, 5, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled, and by torch
+@pytest.mark.parametrize("rows", [1, 3])
+def test_offsets_and_lengths_of_noise_equal_a_loop(rows: int, dtype: torch.dtype) -> None:
+    x, n = noise(3, 2, 50).to(dtype), noise(rows, 1, 30, seed=1).to(dtype)
+    offsets, sizes = torch.tensor([0, 7, 41]), torch.tensor([30, 11, 1])[:rows]
+    lengths = torch.tensor([50, 20, 33])
+    y = add_noise(x, n, 3.0, offsets=offsets, noise_lengths=sizes, lengths=lengths)
+    expected = torch.zeros_like(y)
+    for i, k in enumerate(lengths.tolist()):
+        own, size = n[i % rows, 0], int(sizes[i % rows])
+        looped = torch.stack([own[(int(offsets[i]) + t) % size] for t in range(k)])
+        speech = x[i, :, :k]
+        expected[i, :, :k] = speech + looped * rms(speech) / rms(looped) * 10 ** (-3 / 20)
+    torch.testing.assert_close(y, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("mix", ["rms", "rms_peak"])
@@ -131,6 +148,17 @@ def test_soft_edges_are_raised_cosines() -> None:
     expected = torch.tensor([1, 1, *up[::-1], 0, 0, *up, 1, 1]).double()
     torch.testing.assert_close(y, expected)
     assert torch.equal(time_drop(torch.ones(12), 5, 0, edge=3), torch.ones(12))
+
+
+def test_where_drops_overlap_the_later_noise_takes_the_earlier_ones_place() -> None:
+    # On a wave of one level every drop is filled at that level, overlapped or not.
+    x, ones = torch.full((1, 1, 12), 0.5).double(), torch.ones(1, 12)
+    starts, spans = torch.tensor([[1, 3]]), torch.tensor([[5, 4]])
+    y = time_drop(x, starts, spans, noise=-ones)
+    assert y[0, 0].tolist() == [0.5] + [-0.5] * 6 + [0.5] * 5
+    # Along slopes, as much noise comes as goes of the wave.
+    left = time_drop(2 * x, starts, spans, edge=2)
+    torch.testing.assert_close(time_drop(x, starts, spans, edge=2, noise=-ones), left - 0.5)
 
 
 def test_clipping_takes_each_rows_own_valid_extremes() -> None:

@@ -39,6 +39,8 @@ def sox(wave: np.ndarray, rate: int, *effects: str) -> np.ndarray:
             str(len(wave)),
             "-",
             *kind,
+            "-c",
+            str(out),
             "-",
             *effects,
         ],
@@ -139,11 +141,15 @@ def test_mono_equals_the_sox_program(rate: int, reverberance: int, least: float)
 
 
 @needs_sox
-def test_stereo_depth_delay_gain_and_wet_only_equal_the_sox_program() -> None:
-    x = np.stack([speech_like(16000, 16000, 1), speech_like(16000, 16000, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled, and by transform
+@pytest.mark.parametrize("channels", [1, 2])
+def test_both_ears_depth_delay_gain_and_wet_only_equal_the_sox_program(
+    channels: int, dtype: torch.dtype
+) -> None:
+    x = np.stack([speech_like(16000, 16000, seed) for seed in range(channels)])
     theirs = sox(x, 16000, "reverb", "-w", "60", "20", "80", "35", "12.3", "-4")
     ours = reverb(
-        torch.from_numpy(x),
+        torch.from_numpy(x).to(dtype),
         16000,
         reverberance=60,
         damping=20,
@@ -152,6 +158,7 @@ def test_stereo_depth_delay_gain_and_wet_only_equal_the_sox_program() -> None:
         pre_delay_ms=12.3,
         wet_db=-4,
         wet_only=True,
+        mixdown=False,
     )
     assert decibels(ours, theirs) > 120
 

@@ -78,7 +78,7 @@ def reproduce(*systems: str, out: Path | None = None) -> Reproduced:
     out = out or _free_name(Path("remanence-report"))
     claims = []
     seconds = []
-    with run_folder(out, "reproduce", {"systems": " ".join(chosen)}) as run:
+    with run_folder(out, "reproduce", {"systems": tuple(chosen)}) as run:
         for claim, spent in _measured(chosen):
             seconds.append(spent)
             claims.append(claim)

@@ -8,8 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.optim import list_optimizers
-
 from remanence.errors import InputError
 
 ANY = math.inf
@@ -55,6 +53,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_group": (2, ANY),
     "max_steps": (1, ANY),
     "max_x_speakers": (1, ANY),
+    "memory": (0, ANY),
     "mixup": (0, ANY),
     "negative": (1, ANY),
     "negatives": (1, 65_536),
@@ -123,10 +122,18 @@ def check_options(options: Mapping[str, Any]) -> None:
                 f"{_flag(name)} {low:g} {high:g}: give two fractions, 0 < MIN <= MAX <= 1"
             )
     optimizer = options.get("optimizer")
-    if optimizer is not None and optimizer not in list_optimizers():
-        near = difflib.get_close_matches(str(optimizer), list_optimizers(), cutoff=0.5)
+    if optimizer is not None:
+        _check_optimizer(str(optimizer))
+
+
+def _check_optimizer(name: str) -> None:
+    from timm.optim import list_optimizers  # takes a second or two, which speech need not wait
+
+    known = list_optimizers()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "for example sgd or adamw"
-        raise InputError(f"--optimizer {optimizer}: unknown to timm; {hint}")
+        raise InputError(f"--optimizer {name}: unknown to timm; {hint}")
 
 
 def model_arguments(given: Sequence[str]) -> dict[str, Any]:

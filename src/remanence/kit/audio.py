@@ -3,14 +3,18 @@
 | written as | is |
 |---|---|
 | `FILE.wav`, `.flac`, ... | one recording |
-| `FOLDER` | every recording below it, sorted; a recording's name is its path there, no suffix |
+| `FOLDER` | every recording below it and below folders linked there, sorted |
 | `"FOLDER/*_[0-2].wav"` | those that match (quote it); `**` goes down folders |
-| `LIST.txt` | a path a line, from the list's own folder |
+| `LIST.txt` | a path a line, from the list's own folder; `#` begins a comment |
+
+A recording's name is its path within the source, without the suffix. Outputs are written under it,
+so it never leads out of a folder.
 """
 
 from __future__ import annotations
 
 import glob
+import io
 import os
 import re
 import struct
@@ -31,7 +35,7 @@ from remanence.kit.progress import track
 from remanence.kit.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 SUFFIXES = frozenset(
     f".{name}"
@@ -43,6 +47,7 @@ SUFFIXES = frozenset(
 FRAME_RATE = 100  # MFCC frames a second
 MANY = 1000  # recordings whose headers take long enough to read for a bar
 FULL_SCALE = 1 - 2.0**-15  # the largest sample of 16 bits
+OGG_PAGE = 27 + 255 + 255 * 255  # the most bytes of one
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,15 @@ class Recording:
         return self.frames / self.sample_rate
 
 
-def list_recordings(source: str | Path) -> list[Recording]:
+def list_recordings(source: str | Path, *, broken: dict[str, str] | None = None) -> list[Recording]:
     """Return the recordings of a source, in the order of their names (a list: its own order).
 
     Only headers are read.
+
+    Args:
+        source: As above.
+        broken: Where given, unreadable recordings are left out and put here, by name with the
+            reason.
 
     Raises:
         InputError: The source holds no recording, one is empty, cut off or unreadable, or two
@@ -88,12 +98,21 @@ def list_recordings(source: str | Path) -> list[Recording]:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise InputError(
-            f"{source}: {len(twice)} names stand for two recordings, such as {twice[0]!r}: rename "
-            "one, names without suffix tell recordings apart"
+            f"{source}: {counted(len(twice), 'name')} {'stands' if len(twice) == 1 else 'stand'} "
+            f"for two recordings, such as {twice[0]!r}: rename one, names without suffix tell "
+            "recordings apart"
         )
     pairs = list(zip(paths, names, strict=True))
     files = track(pairs, f"headers of {len(paths):,} recordings", show=len(paths) >= MANY)
-    return [_opened(path, name) for path, name in files]
+    found = []
+    for path, name in files:
+        try:
+            found.append(_opened(path, name))
+        except InputError as error:
+            if broken is None:
+                raise
+            broken[name] = str(error)
+    return found
 
 
 def read_audio(
@@ -110,7 +129,8 @@ def read_audio(
         float32 (T,) where mono, else (C, T).
 
     Raises:
-        InputError: The file is empty, cut off, unreadable, or holds NaN or infinite samples.
+        InputError: The file is empty, cut off, unreadable, or holds NaN or infinite samples. (An
+            Ogg file cut off between two of its pages passes for a shorter recording.)
     """
     if isinstance(recording, Path):
         recording = _opened(recording, recording.stem)
@@ -149,6 +169,7 @@ def write_wav(path: Path, wave: Tensor, sample_rate: int, *, subtype: str = "PCM
 
     Raises:
         InputError: The format does not take the subtype.
+        OSError: The file cannot be written.
     """
     major = path.suffix[1:].upper()
     if not soundfile.check_format(major, subtype):
@@ -161,14 +182,16 @@ def write_wav(path: Path, wave: Tensor, sample_rate: int, *, subtype: str = "PCM
     beyond = int((np.abs(values) > 1).sum()) if whole else 0
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
+    encoded = io.BytesIO()  # libsndfile says nothing where a full disk lacks room for a flac's end
+    soundfile.write(
+        encoded,
+        np.clip(values, -1, 1).T if whole else values.T,
+        sample_rate,
+        subtype=subtype,
+        format=major,
+    )
     try:
-        soundfile.write(
-            partial,
-            np.clip(values, -1, 1).T if whole else values.T,
-            sample_rate,
-            subtype=subtype,
-            format=major,
-        )
+        partial.write_bytes(encoded.getbuffer())
         partial.replace(path)
     finally:
         with suppress(FileNotFoundError):
@@ -318,11 +341,12 @@ def treatment(
     rates = Counter(r.sample_rate for r in every if r.sample_rate != (sample_rate or r.sample_rate))
     said = []
     for own, count in sorted(rates.items()):
-        lost = f", and hold nothing above {own // 2:,} Hz" if own < (sample_rate or 0) else ""
         said.append(
             f"{counted(count, 'recording')} of {own:,} Hz {_are(count)} resampled to "
-            f"{sample_rate:,} Hz{lost}"
+            f"{sample_rate:,} Hz"
         )
+        if own < (sample_rate or 0):
+            said[-1] += f", and {'holds' if count == 1 else 'hold'} nothing above {own // 2:,} Hz"
     if several := sum(r.channels > 1 for r in every):
         done = "averaged" if mono else "all kept"
         said.append(f"the channels of {counted(several, 'recording')} are {done}")
@@ -336,27 +360,52 @@ def _are(number: int) -> str:
 def _paths(source: str) -> tuple[list[Path], Path]:
     path = Path(source)
     if path.is_dir():
-        found = (Path(base) / name for base, _, names in os.walk(path) for name in names)
-        return sorted(p for p in found if _is_audio(p)), path
+        return sorted(p for p in _below(path) if _is_audio(p)), path
     if path.suffix.lower() == ".txt" and path.is_file():
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise InputError(f"{path} is no UTF-8 text: write a path a line") from None
-        paths = [path.parent / line.strip() for line in lines if line.strip()]
-        root = Path(os.path.commonpath([p.parent for p in paths])) if paths else path.parent
-        return paths, root
+        paths = _listed(path)
+        folders = [os.path.dirname(os.path.abspath(p)) for p in paths]  # noqa: PTH100, PTH120  # pathlib does not take `..` off
+        return paths, Path(os.path.commonpath(folders)) if paths else path.parent
     if path.is_file():
         return [path], path.parent
     matched = sorted(Path(p) for p in glob.glob(source, recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
     if matched:
         fixed = re.split(r"[*?\[]", source, maxsplit=1)[0]
-        return [p for p in matched if _is_audio(p)], Path(fixed).parent if fixed[
-            -1:
-        ] != "/" else Path(fixed)
+        root = Path(fixed) if fixed.endswith("/") else Path(fixed).parent
+        return [p for p in matched if _is_audio(p) and not p.is_dir()], root
     if not path.exists() and glob.escape(source) == source:
         raise InputError(f"{source}: there is no such file or folder")
     return [], path
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The files below a folder, and below those linked there; no folder is entered twice."""
+    entered, waiting = set(), [folder]
+    while waiting:
+        for base, folders, files in os.walk(waiting.pop(0)):
+            real = os.path.realpath(base)
+            if real in entered:
+                folders.clear()
+                continue
+            entered.add(real)
+            folders.sort()
+            yield from (Path(base, name) for name in files)
+            # Later than all that lies here itself, which keeps its own name.
+            waiting += [linked for name in folders if (linked := Path(base, name)).is_symlink()]
+
+
+def _listed(path: Path) -> list[Path]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no UTF-8 text: write a path a line") from None
+    paths = []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        paths.append(path.parent / line)
+        if not paths[-1].is_file():
+            raise InputError(f"{path}, line {number}: there is no file {paths[-1]}")
+    return paths
 
 
 def _is_audio(path: Path) -> bool:
@@ -364,7 +413,13 @@ def _is_audio(path: Path) -> bool:
 
 
 def _name(path: Path, root: Path) -> str:
-    return path.relative_to(root).with_suffix("").as_posix()
+    # `..` is taken off by the letters: what is written under the name stays in its folder.
+    inside = Path(os.path.relpath(path, root)).with_suffix("")
+    if ".." in inside.parts:
+        raise InputError(
+            f"recording {path} lies outside of {root}: give a folder that holds both, or a list"
+        )
+    return inside.as_posix()
 
 
 def _opened(path: Path, name: str) -> Recording:
@@ -379,12 +434,15 @@ def _opened(path: Path, name: str) -> Recording:
 
 
 def _check_whole(path: Path) -> None:
-    # libsndfile takes a wav that lacks its end for a shorter one, without a word.
+    # libsndfile takes a wav or an Ogg that lacks its end for a shorter one, without a word.
     size = path.stat().st_size
     if not size:
         raise InputError(f"recording {path} is an empty file: record it again or leave it out")
     with path.open("rb") as stream:
         head = stream.read(12)
+        if head[:4] == b"OggS":
+            stream.seek(max(0, size - OGG_PAGE))
+            _check_last_page(stream.read(), path)
         if head[:4] != b"RIFF" or head[8:] != b"WAVE":
             return
         while len(chunk := stream.read(8)) == 8:
@@ -399,6 +457,15 @@ def _check_whole(path: Path) -> None:
                     f"it has {size - stream.tell()}"
                 )
             return
+
+
+def _check_last_page(tail: bytes, path: Path) -> None:
+    at = tail.rfind(b"OggS")
+    page = tail[at:]
+    # A page's 27th byte counts its segments, whose lengths follow.
+    segments = page[26] if len(page) > 26 else 1
+    if at >= 0 and len(page) < 27 + segments + sum(page[27 : 27 + segments]):
+        raise InputError(f"recording {path} is cut off: its last page lacks its end")
 
 
 def _reason(error: Exception) -> str:

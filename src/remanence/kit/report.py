@@ -1,20 +1,24 @@
 """One self-contained HTML file that shows what a run found."""
 
+from __future__ import annotations
+
 import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 from xml.etree import ElementTree as ET
 
-import matplotlib as mpl
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
 
 Value = str | int | float | None
 _DASH = "\N{EN DASH}"
@@ -94,7 +98,7 @@ class Report:
 
         Floats of a column share their decimals, chosen so that the largest shows four significant
         digits; a float too small for that shows four of its own. Integers are grouped in
-        thousands, None is an en dash, strings stay as they are.
+        thousands by commas, as in sentences, None is an en dash, strings stay as they are.
 
         Args:
             header: Column names.
@@ -178,6 +182,8 @@ def curve_figure(
     Returns:
         A figure that belongs to no window and no global state.
     """
+    from matplotlib.figure import Figure  # takes a second, and some runs draw nothing
+
     figure = Figure(figsize=(5, 3.3), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -229,6 +235,8 @@ def curve_figure(
 
 def _svg(figure: Figure, prefix: str, alt: str) -> Markup:
     """Draw a figure as an `<svg>` element fit for a page that holds others."""
+    import matplotlib as mpl
+
     buffer = io.StringIO()
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
@@ -317,7 +325,7 @@ def _number(value: Real, decimals: int) -> str:
 
 
 def _typeset(number: str) -> str:
-    """Python's notation to print's: thin spaces, a true minus, powers of ten."""
-    mantissa, e, exponent = number.replace(",", "\N{NARROW NO-BREAK SPACE}").partition("e")
+    """Python's notation to print's: a true minus, powers of ten."""
+    mantissa, e, exponent = number.partition("e")
     power = f"\N{MULTIPLICATION SIGN}10{str(int(exponent)).translate(_SUPERSCRIPT)}" if e else ""
     return mantissa.replace("-", "\N{MINUS SIGN}") + power

@@ -6,6 +6,7 @@ import datetime as dt
 import errno
 import json
 import math
+import re
 import shlex
 import shutil
 import time
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+FULL = "cannot be written; is the disk full?"
+NUMPY_FULL = re.compile(r"\d+ requested and \d+ written")  # numpy's word for it, without a number
+
+
 @dataclass
 class RunFolder:
     """An open run folder; written under `NAME.partial` and renamed when the job is done.
@@ -33,6 +38,7 @@ class RunFolder:
         partial: Where it lies until then.
         resumed: Whether an interrupted run goes on.
         first: Whether this process is the one that writes.
+        typed: The command line that does the same again.
         facts: What `run.json` will hold.
     """
 
@@ -40,6 +46,7 @@ class RunFolder:
     partial: Path
     resumed: bool
     first: bool
+    typed: str
     facts: dict[str, Any] = field(default_factory=dict)
 
     def path(self, name: str) -> Path:
@@ -59,14 +66,9 @@ class RunFolder:
 
     def summary(self) -> dict[str, str]:
         """Return what a report says about how it came to be."""
-        given = " ".join(
-            f"--{name.replace('_', '-')}" + ("" if value is True else f" {_quoted(value)}")
-            for name, value in self.facts["options"].items()
-            if value not in (None, False)
-        )
         seed = self.facts["seed"]
         return {
-            "command": f"remanence {self.facts['command']} {given}",
+            "command": self.typed,
             **({} if seed is None else {"seed": str(seed)}),
             "device": self.facts["device"],
             "versions": ", ".join(f"{k} {v}" for k, v in self.facts["versions"].items()),
@@ -86,7 +88,7 @@ class RunFolder:
             try:
                 torch.save(state, part)
             except RuntimeError as error:  # torch's word for a full disk is "unexpected pos"
-                raise OSError(errno.EIO, "cannot be written; is the disk full?", part) from error
+                raise OSError(errno.EIO, FULL, part) from error
             part.replace(target)
 
     def load_state(self, name: str) -> dict[str, Any] | None:
@@ -123,8 +125,22 @@ class RunFolder:
         path.write_text("".join(kept), encoding="utf-8")
 
 
-def _quoted(value: Any) -> str:
-    return shlex.quote(value) if isinstance(value, str) else str(value)
+def _typed(command: str, out: Path, options: Mapping[str, Any]) -> str:
+    """Write a command as one types it: lists repeat their option, True and False are flags."""
+    words, flags = ["remanence", *command.split()], []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, tuple) and all(isinstance(one, int | float) for one in value):
+            flags += [flag, *map(str, value)] if value else []
+        elif isinstance(value, tuple):  # words without an option, such as the files of search index
+            words += map(str, value)
+        elif value is not None:
+            for one in map(str, value if isinstance(value, list) else [value]):
+                flags += [f"{flag}={one}"] if one.startswith("-") else [flag, one]
+    share = f"-{options.get('rank')}-of-{options.get('world_size')}"  # the job adds it to OUT
+    return shlex.join([*words, *flags, "--out", str(out).removesuffix(share)])
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -181,7 +197,7 @@ def run_folder(
     out = out.expanduser()
     partial = out.parent / f"{out.name}.partial"
     plain = json.loads(json.dumps(dict(options), default=str))
-    run = RunFolder(out, partial, resume, first=rank == 0)
+    run = RunFolder(out, partial, resume, first=rank == 0, typed=_typed(command, out, options))
     if run.first:
         _open(run, plain)
     run.facts |= {"command": command, "options": plain, "seed": seed, "versions": versions()}
@@ -200,6 +216,8 @@ def run_folder(
             error.filename = str(partial)
         if run.first:
             _abandon(run)
+        if isinstance(error, OSError) and NUMPY_FULL.fullmatch(str(error)):
+            raise OSError(errno.EIO, FULL, partial) from error
         raise
     if run.first:
         for checkpoint in partial.glob("*.ckpt"):

@@ -62,6 +62,7 @@ def augment(
     piece_seconds: float = 60.0,
     rank: int | None = None,
     world_size: int | None = None,
+    skip_broken: bool = False,
     seed: int = 0,
     resume: bool = False,
 ) -> Augmented:
@@ -74,7 +75,8 @@ def augment(
     A chain is effects with options, in order: pitch[-300:300] (cents), noise[5:15] (dB),
     reverb[room=0:100], bandreject, drop[100] (ms), clip[0.5:1], and more; each takes p=0.5 to touch
     half of the recordings. oneof[[drop,clip]] takes one of several. A noise step may name its own
-    folder: noise[5:15,dir=street]. Of all effects only speed, tempo and splice change lengths.
+    folder: noise[5:15,dir=street]. Of all effects only speed, tempo and splice change lengths: a
+    file becomes longer or shorter than its recording, and keeps its end.
 
     Memory beside the program's own: the noise, 13 bytes for each sample of the longest recording
     (an hour at 16 kHz: 0.8 GB) and 100 for each of --batch-seconds (two minutes: 0.2 GB).
@@ -103,8 +105,9 @@ def augment(
         rank: Do only this share of the work, from 0; it goes to OUT-RANK-of-WORLD_SIZE. torchrun
             needs neither and writes one folder.
         world_size: Number of shares.
+        skip_broken: Leave unreadable recordings out and count them.
         seed: Seed.
-        resume: Go on with the interrupted run in OUT.partial.
+        resume: Go on with the interrupted run in OUT.partial, with the same options.
     """
     options: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("out", "resume")}
     text = _check(options)
@@ -115,14 +118,17 @@ def augment(
     ) as run:
         show = fabric.is_global_zero
         fabric.barrier()  # the folder is there
-        recordings = list_recordings(audio)
+        broken: dict[str, str] = {}
+        recordings = list_recordings(audio, broken=broken if skip_broken else None)
+        if not recordings:
+            raise _none_left(audio, broken)
         if replay is None:
             outputs = fresh_outputs(recordings, text, copies, sample_rate)
         else:
-            outputs = replayed_outputs(replay, recordings)
+            outputs = replayed_outputs(replay, recordings, broken)
         chains = Chains(noise, fabric.device)
         _rehearse(chains, outputs, piece_seconds, show=show)
-        batches = plan(outputs, batch_seconds, piece_seconds)
+        batches = plan(outputs, chains.most_samples, batch_seconds, piece_seconds)
         if rank is not None and world_size is not None:
             batches = batches[rank::world_size]
         if not batches:
@@ -141,6 +147,7 @@ def augment(
             lower=overflow == "lower",
             piece_seconds=piece_seconds,
             seed=seed,
+            skip_broken=skip_broken,
             resume=resume,
         )
         mine = batches[fabric.global_rank :: fabric.world_size]
@@ -151,9 +158,13 @@ def augment(
         results: dict[str, Any] = {}
         if run.first:
             rows = _ordered(work, batches, outputs)
+            broken |= {row["recording"]: row["broken"] for row in rows if "broken" in row}
+            rows = [row for row in rows if "broken" not in row]
+            if not rows:
+                raise _none_left(audio, broken)
             write_params(run.path("params.jsonl"), rows)
             seconds = sum(work.seconds(batch) for batch in batches)
-            results = results_of(rows, chains, seconds, floats=subtype in FLOATS)
+            results = results_of(rows, broken, chains, seconds, floats=subtype in FLOATS)
             results["remarks"] = remarks + results["remarks"]
             run.write_results(results)
             build_report(run, audio, rows, outputs, chains, results).write(run.path("report.html"))
@@ -182,6 +193,11 @@ def _check(options: dict[str, Any]) -> str:
                 raise InputError(f"{flag}: --replay draws nothing new; leave {flag} out")
         return ""
     return chain_text("cpc2" if options["chain"] is None else options["chain"], options["noise"])
+
+
+def _none_left(audio: str, broken: dict[str, str]) -> InputError:
+    first = next(iter(broken.values()))
+    return InputError(f"{audio}: none of {counted(len(broken), 'recording')} is whole: {first}")
 
 
 def _rehearse(

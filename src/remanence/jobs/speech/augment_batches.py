@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +15,11 @@ import torch
 from torch import Tensor
 
 from remanence.errors import InputError
-from remanence.jobs.speech.augment_noise import Built, Chains, steps_of
-from remanence.jobs.speech.augment_plan import Batch, Output, cut, fade_samples
+from remanence.jobs.speech.augment_noise import Built, Chains
+from remanence.jobs.speech.augment_plan import Batch, Output, cut
+from remanence.jobs.speech.augment_steps import apply, join
 from remanence.kit.audio import FULL_SCALE, Recording, read_audio, write_wav
-from remanence.speech.wavaugment.chain import Chain
 from remanence.speech.wavaugment.params import Params
-from remanence.speech.wavaugment.random import RandomNoise
 from remanence.speech.wavaugment.trust import trusting
 
 FLOATS = frozenset({"FLOAT", "DOUBLE"})
@@ -49,6 +47,7 @@ class Augmenting:
         lower: Whether a wave beyond full scale is made quieter as a whole.
         piece_seconds: Length from which recordings are cut.
         seed: Seed of the draws.
+        skip_broken: Leave out recordings whose samples cannot be read.
         resume: Take up the batches that are there.
     """
 
@@ -60,6 +59,7 @@ class Augmenting:
     lower: bool
     piece_seconds: float
     seed: int
+    skip_broken: bool
     resume: bool
 
     def run(self, batches: Sequence[Batch]) -> Iterable[int]:
@@ -79,7 +79,7 @@ class Augmenting:
                 yield len(batch.outputs)
 
     def rows(self, batch: Batch) -> list[dict[str, Any]]:
-        """The lines of a batch that was done.
+        """The lines of a batch that was done; of what was left out, `broken` says why.
 
         Raises:
             InputError: The file is damaged, or of other recordings.
@@ -90,7 +90,7 @@ class Augmenting:
             names = [row["output"] for row in rows]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{state}: damaged; delete it and pass --resume again") from error
-        if names != [f"audio/{output.name}{self.suffix}" for output in batch.outputs]:
+        if names != [self._file(output) for output in batch.outputs]:
             raise InputError(
                 f"{self.folder}: was begun with other recordings; give those, or remove the folder"
             )
@@ -107,21 +107,42 @@ class Augmenting:
     def _done(self, batch: Batch) -> bool:
         if not self._state(batch).exists():
             return False
-        return all((self.folder / row["output"]).exists() for row in self.rows(batch))
+        return all(
+            "broken" in row or (self.folder / row["output"]).exists() for row in self.rows(batch)
+        )
 
-    def _read(self, batch: Batch) -> list[Tensor]:
-        read: dict[Path, Tensor] = {}  # copies of one recording share their samples
+    def _file(self, output: Output) -> str:
+        return f"audio/{output.name}{self.suffix}"
+
+    def _read(self, batch: Batch) -> list[Tensor | InputError]:
+        read: dict[Path, Tensor | InputError] = {}  # copies of one recording share their samples
         for output in batch.outputs:
-            if output.recording.path not in read:
-                read[output.recording.path] = read_at(output.recording, output.sample_rate)
+            path = output.recording.path
+            if path not in read:
+                try:
+                    read[path] = read_at(output.recording, output.sample_rate)
+                except InputError as error:
+                    if not self.skip_broken:
+                        raise
+                    read[path] = error
         return [read[output.recording.path] for output in batch.outputs]
 
-    def _do(self, batch: Batch, waves: Sequence[Tensor], started: float) -> None:
+    def _do(self, batch: Batch, read: Sequence[Tensor | InputError], started: float) -> None:
         first = batch.outputs[0]
+        waves: list[Tensor] = []
+        outputs: list[Output] = []
+        rows: dict[str, dict[str, Any]] = {}
+        for output, wave in zip(batch.outputs, read, strict=True):
+            if isinstance(wave, Tensor):
+                waves.append(wave)
+                outputs.append(output)
+            else:
+                names = {"output": self._file(output), "recording": output.recording.name}
+                rows[output.name] = names | {"broken": str(wave)}
         built = self.chains.build(first.chain, first.sample_rate, show=False)
         pieces = [
             self._pieces(output, built, wave.shape[-1])
-            for output, wave in zip(batch.outputs, waves, strict=True)
+            for output, wave in zip(outputs, waves, strict=True)
         ]
         results = [torch.zeros_like(wave) for wave in waves]
         snr: list[list[dict[str, float]]] = [[] for _ in waves]
@@ -143,13 +164,12 @@ class Augmenting:
                 else:
                     join(results[number], made, piece.start, piece.stop, first.sample_rate)
                 snr[number].append(realised)
-        rows = [
-            self._write(output, built, wave, result, own, realised)
-            for output, wave, result, own, realised in zip(
-                batch.outputs, waves, results, pieces, snr, strict=True
-            )
-        ]
-        taken = {"rows": rows, "seconds": time.perf_counter() - started}
+        for output, wave, result, own, reached in zip(
+            outputs, waves, results, pieces, snr, strict=True
+        ):
+            rows[output.name] = self._write(output, built, wave, result, own, reached)
+        seconds = time.perf_counter() - started
+        taken = {"rows": [rows[output.name] for output in batch.outputs], "seconds": seconds}
         part_file = self._state(batch).with_suffix(".part")
         part_file.write_text(json.dumps(taken), encoding="utf-8")
         part_file.replace(self._state(batch))
@@ -158,7 +178,7 @@ class Augmenting:
         spans = cut(frames, output.sample_rate, self.piece_seconds)
         if output.drawn is None:
             return [
-                Piece(start, stop, built.chain.sample(1, stop - start, self._generator(output, k)))
+                Piece(start, stop, self._drawn(output, built, k, stop - start))
                 for k, (start, stop) in enumerate(spans)
             ]
         old = output.drawn["pieces"]
@@ -172,10 +192,11 @@ class Augmenting:
             for (start, stop), piece in zip(spans, old, strict=True)
         ]
 
-    def _generator(self, output: Output, piece: int) -> torch.Generator:
+    def _drawn(self, output: Output, built: Built, piece: int, frames: int) -> Params:
         words = f"{self.seed}\n{output.copy}\n{piece}\n{output.recording.name}"
         drawn = hashlib.sha256(words.encode()).digest()[:8]
-        return torch.Generator().manual_seed(int.from_bytes(drawn, "little") >> 1)
+        generator = torch.Generator().manual_seed(int.from_bytes(drawn, "little") >> 1)
+        return built.chain.sample(1, frames, generator, time=built.chain.most_samples(frames))
 
     def _replayed(self, output: Output, built: Built, piece: Mapping[str, Any]) -> Params:
         params = Params.from_json(json.dumps(piece["params"]))
@@ -205,7 +226,7 @@ class Augmenting:
         if self.lower and peak > 1:
             gain_db = float(20 * torch.tensor(FULL_SCALE / peak).log10())
             result = result * (FULL_SCALE / peak)
-        name = f"audio/{output.name}{self.suffix}"
+        name = self._file(output)
         cut_off = write_wav(self.folder / name, result, output.sample_rate, subtype=self.subtype)
         return {
             "output": name,
@@ -237,65 +258,3 @@ class Augmenting:
 def read_at(recording: Recording, sample_rate: int) -> Tensor:
     """A recording's channels at a rate, (C, T)."""
     return read_audio(recording, sample_rate=sample_rate, mono=False)
-
-
-def apply(
-    chain: Chain, x: Tensor, ends: Tensor, params: Params, before: str = ""
-) -> tuple[Tensor, Tensor, list[dict[str, float]]]:
-    """Run a chain step by step, and look at what each noise step did.
-
-    Args:
-        chain: The chain.
-        x: (B, C, T), zero past the ends.
-        ends: (B,) on the CPU.
-        params: Of B rows.
-        before: Place of the chain in another.
-
-    Returns:
-        (B, C, T), the ends (B,), and for each row the SNR that its noise steps reached, dB, by
-        place.
-    """
-    measured: list[dict[str, float]] = [{} for _ in x]
-    for number, effect in enumerate(steps_of(chain)):
-        own, place = params.under(str(number)), f"{before}{number}"
-        if isinstance(effect, Chain):
-            x, ends, found = apply(effect, x, ends, own, f"{place}.")
-            for known, more in zip(measured, found, strict=True):
-                known.update(more)
-            continue
-        y = effect.run(x, ends, own)
-        if isinstance(effect, RandomNoise):
-            ratios = _snr_db(x, y, scaled=effect.mix != "rms").tolist()
-            for row, touched in enumerate(own.values["apply"].tolist()):
-                if touched and math.isfinite(ratios[row]):
-                    measured[row][place] = round(ratios[row], 3)
-        x = y
-        if effect.changes_ends:
-            ends = effect.ends(ends, own)
-    return x, ends, measured
-
-
-def _snr_db(before: Tensor, after: Tensor, *, scaled: bool) -> Tensor:
-    """Energy of `before`, fitted where the mix scales it, over that of what was added, (B,)."""
-    x, y = before.double().flatten(1), after.double().flatten(1)
-    if scaled:
-        x = x * ((x * y).sum(1) / x.square().sum(1))[:, None]
-    return 10 * (x.square().sum(1) / (y - x).square().sum(1)).log10()
-
-
-def join(result: Tensor, made: Tensor, start: int, stop: int, sample_rate: int) -> None:
-    """Write a piece into its output, cross-faded with the one before.
-
-    Args:
-        result: (C, T), in which the pieces before it are.
-        made: (C, at least stop - start).
-        start: Its first sample.
-        stop: Its end.
-        sample_rate: Its rate.
-    """
-    made = made[:, : stop - start].clone()
-    overlap = min(fade_samples(sample_rate), stop - start) if start else 0
-    rise = (torch.arange(overlap) + 0.5) / max(1, overlap)
-    made[:, :overlap] *= rise
-    made[:, :overlap] += result[:, start : start + overlap] * (1 - rise)
-    result[:, start:stop] = made

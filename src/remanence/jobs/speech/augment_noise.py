@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from remanence.errors import InputError
+from remanence.jobs.speech.augment_plan import Output
 from remanence.kit.audio import MANY, list_recordings, read_audio, treatment
 from remanence.kit.progress import track
 from remanence.kit.words import counted, duration
@@ -17,12 +18,7 @@ from remanence.speech.wavaugment.augmentation import Augmentation
 from remanence.speech.wavaugment.chain import Chain
 from remanence.speech.wavaugment.chain_text import from_text
 from remanence.speech.wavaugment.params import Params
-from remanence.speech.wavaugment.random import (
-    RandomNoise,
-    RandomRoom,
-    RandomSpeed,
-    RandomTempo,
-)
+from remanence.speech.wavaugment.random import RandomNoise, RandomRoom
 
 _USEFUL = "noise[0:10],freqdrop[1:8,width=0.2],drop[250,count=1:8]"
 # The published recipes (`from_recipe`), as text; wav2aug-top9 has babble, which files have not.
@@ -95,6 +91,11 @@ class Chains:
             self.said += [remark for remark in _warnings(effects) if remark not in self.said]
         return self._built[key]
 
+    def most_samples(self, output: Output, frames: int) -> int:
+        """With how many samples a piece of `frames` of an output may end."""
+        built = self.build(output.chain, output.sample_rate, show=False)
+        return built.chain.most_samples(frames)
+
     def _open(self, source: str, sample_rate: int, *, show: bool) -> Bank:
         where = self.noise if source == GIVEN and self.noise is not None else source
         key = where, sample_rate
@@ -108,11 +109,15 @@ class Chains:
         _check_fits(source, seconds, sample_rate)
         files = track(recordings, f"noise from {source}", show=show and len(recordings) >= MANY)
         clips = [read_audio(recording, sample_rate=sample_rate) for recording in files]
-        said = [f"{counted(len(clips), 'clip')}, {duration(seconds)}"]
+        said = []
+        if all(where != source for where, _ in self._banks):  # not at another rate before
+            said.append(f"{counted(len(clips), 'clip')}, {duration(seconds)}")
+            if silent := sum(not bool(clip.any()) for clip in clips):
+                leave = "leaves" if silent == 1 else "leave"
+                said.append(f"{counted(silent, 'silent clip')}, which {leave} recordings alone")
         said += treatment(recordings, sample_rate)
-        if silent := sum(not bool(clip.any()) for clip in clips):
-            said.append(f"{counted(silent, 'silent clip')}, which leave a recording as it is")
-        self.said.append(f"noise in {source}: {'; '.join(said)}")
+        if said:
+            self.said.append(f"noise in {source}: {'; '.join(said)}")
         return Bank(clips, [recording.name for recording in recordings])
 
 
@@ -150,12 +155,26 @@ class Built:
         return found
 
     def loops(self, params: Params, frames: int) -> bool:
-        """Whether noise that one row drew is shorter than its `frames` samples."""
+        """Whether a row of `frames` samples drew noise shorter than it is at that step."""
+        lengths = _lengths_at(self.chain, params, torch.tensor([frames]))
         return any(
-            len(bank.clips[int(params.values[f"{place}.clip"])]) < frames
+            len(bank.clips[int(params.values[f"{place}.clip"])])
+            < lengths[place.partition(".chain.")[0]]
             for place, bank in self.banks.items()
             if isinstance(self.effects[place], RandomNoise) and applied(params, place)
         )
+
+
+def _lengths_at(chain: Chain, params: Params, length: Tensor, before: str = "") -> dict[str, int]:
+    """How long one row is as it comes to each effect of a chain, by its place."""
+    found = {}
+    for number, effect in enumerate(steps_of(chain)):
+        own, place = params.under(str(number)), f"{before}{number}"
+        found[place] = int(length)
+        if isinstance(effect, Chain):
+            found |= _lengths_at(effect, own, length, f"{place}.")
+        length = effect.ends(length, own, effect.most_samples(int(length)))
+    return found
 
 
 def _check_fits(source: str, seconds: float, sample_rate: int) -> None:
@@ -168,14 +187,10 @@ def _check_fits(source: str, seconds: float, sample_rate: int) -> None:
 
 def _warnings(effects: Mapping[str, Augmentation]) -> list[str]:
     """What a user may not expect of effects that change lengths."""
-    said = []
-    ends = sorted({effect_name(e) for e in effects.values() if e.changes_ends})
-    if ends:
-        said.append(f"{', '.join(ends)}: recordings may end sooner, and words move")
-    paced = [e for e in effects.values() if isinstance(e, RandomSpeed | RandomTempo)]
-    if any(effect.factor[0] < 1 for effect in paced):
-        said.append("factors below 1 slow down: what passes a recording's old end is cut")
-    return said
+    moving = {effect_name(e) for p, e in effects.items() if e.changes_ends and ".chain." not in p}
+    if not moving:
+        return []
+    return [f"{', '.join(sorted(moving))}: files become longer or shorter, and words move"]
 
 
 def applied(params: Params, place: str) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,15 @@ def fresh_outputs(
     ]
 
 
-def replayed_outputs(path: Path, recordings: Sequence[Recording]) -> list[Output]:
+def replayed_outputs(
+    path: Path, recordings: Sequence[Recording], broken: Container[str]
+) -> list[Output]:
     """The outputs of an earlier run, by its `params.jsonl`.
+
+    Args:
+        path: The file.
+        recordings: Those that can be read.
+        broken: Names of those that cannot, whose lines are left out.
 
     Raises:
         InputError: The file is no such thing, or tells of a recording that is not there.
@@ -104,6 +111,8 @@ def replayed_outputs(path: Path, recordings: Sequence[Recording]) -> list[Output
             ) from error
         if ".." in Path(written).parts or not known:
             raise InputError(f"--replay {path}, line {number}: names no file of a run")
+        if name in broken:
+            continue
         if name not in there:
             raise InputError(f"--replay {path}, line {number}: there is no recording {name!r}")
         outputs.append(Output(there[name], copy, written, rate, chain, row))
@@ -137,11 +146,17 @@ def fade_samples(sample_rate: int) -> int:
     return int(FADE_SECONDS * sample_rate)
 
 
-def plan(outputs: Sequence[Output], batch_seconds: float, piece_seconds: float) -> list[Batch]:
+def plan(
+    outputs: Sequence[Output],
+    most_samples: Callable[[Output, int], int],
+    batch_seconds: float,
+    piece_seconds: float,
+) -> list[Batch]:
     """Divide outputs into batches.
 
     Args:
         outputs: What to write.
+        most_samples: With how many samples a piece of an output and of so many may end.
         batch_seconds: Audio augmented at once, channels added up and padding counted; one piece
             at least.
         piece_seconds: Length from which recordings are cut.
@@ -150,7 +165,7 @@ def plan(outputs: Sequence[Output], batch_seconds: float, piece_seconds: float) 
     def kind(output: Output) -> tuple[str, int, int, bool, int]:
         pieces = cut(output.frames, output.sample_rate, piece_seconds)
         longest = max(stop - start for start, stop in pieces)
-        width = _width(longest + 1)
+        width = _width(most_samples(output, longest) + 1)
         channels = output.recording.channels
         return output.chain, output.sample_rate, channels, len(pieces) > 1, width
 

@@ -88,10 +88,11 @@ def build_report(
     report = SoundReport(f"Augmented recordings of {source}", "remanence speech augment")
     copies = max(row["copy"] for row in rows) + 1
     report.text(
-        f"{counted(results['outputs'], 'file')} of {duration(3600 * results['hours'])} were "
-        f"written, {copies} {'copy' if copies == 1 else 'copies'} of each of "
+        f"{counted(results['outputs'], 'file')} of {duration(3600 * results['hours'])} "
+        f"{'was' if len(rows) == 1 else 'were'} written, "
+        f"{copies} {'copy' if copies == 1 else 'copies'} of each of "
         f"{counted(results['recordings'], 'recording')}, in {duration(results['seconds'])}: "
-        f"{results['times_real_time']:.0f} times faster than they play."
+        f"{results['times_real_time']:.0f} times real time."
     )
     built = {
         row["chain"]: chains.build(row["chain"], row["sample_rate"], show=False) for row in rows
@@ -102,6 +103,9 @@ def build_report(
         report.text(f"Chain: {chain}")
     for remark in results["remarks"]:
         report.text(f"{remark[0].upper()}{remark[1:]}.")
+    if results["broken"]:
+        left_out = list(results["broken"].items())
+        report.table(["left out", "why"], left_out, "Recordings that cannot be read.")
     by_name = {output.name: output for output in outputs}
     last = len(rows) - 1
     chosen = sorted({round(last * k / max(1, EXAMPLES - 1)) for k in range(EXAMPLES)})

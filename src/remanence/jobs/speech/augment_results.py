@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,13 +71,19 @@ def parameters(params: dict[str, Any], place: str) -> dict[str, list[float]]:
 
 
 def results_of(
-    rows: Sequence[dict[str, Any]], chains: Chains, seconds: float, *, floats: bool
+    rows: Sequence[dict[str, Any]],
+    broken: Mapping[str, str],
+    chains: Chains,
+    seconds: float,
+    *,
+    floats: bool,
 ) -> dict[str, Any]:
     """The figures of a run.
 
     Args:
         rows: Lines of `params.jsonl`.
-        chains: The chains that made them.
+        broken: Why recordings were left out, by their names.
+        chains: The chains that made the rows.
         seconds: How long that took.
         floats: Whether samples beyond full scale were kept.
     """
@@ -87,6 +93,7 @@ def results_of(
     figures: dict[str, Any] = {
         "outputs": len(rows),
         "recordings": len(inputs),
+        "broken": dict(broken),
         "hours": hours,
         "seconds": round(seconds, 2),
         "times_real_time": hours * 3600 / seconds if seconds else None,
@@ -152,23 +159,30 @@ def _remarks(figures: dict[str, Any], *, floats: bool) -> list[str]:
     said = []
     if touched := figures["inputs_at_full_scale"]:
         said.append(
-            f"{touched:,} of {counted(figures['recordings'], 'recording')} at full scale already: "
-            "they may have been clipped"
+            f"{touched:,} of {counted(figures['recordings'], 'recording')} "
+            f"{'was' if touched == 1 else 'were'} at full scale already, perhaps clipped"
         )
     if silent := figures["silent_inputs"]:
         said.append(f"{counted(silent, 'silent recording')}: no noise is mixed in")
     if beyond := figures["outputs_beyond_full_scale"]:
         what = f"{beyond:,} of {counted(figures['outputs'], 'output')} went beyond full scale"
         if figures["outputs_lowered"]:
-            what += f" and were made quieter, by up to {-figures['most_lowered_db']:.1f} dB"
+            were = "was" if beyond == 1 else "were"
+            what += f" and {were} made quieter, by up to {-figures['most_lowered_db']:.1f} dB"
         elif floats:
             what += ", which floats keep"
         else:
+            lost = figures["samples_cut_off"]
             what += (
-                f": {figures['samples_cut_off']:,} samples were cut off there; --overflow lower "
-                "makes such recordings quieter, --subtype FLOAT keeps them"
+                f": {counted(lost, 'sample')} {'was' if lost == 1 else 'were'} cut off there; "
+                "--overflow lower makes such recordings quieter, --subtype FLOAT keeps them"
             )
         said.append(what)
     if looped := figures["outputs_with_looped_noise"]:
         said.append(f"noise shorter than the recording starts over in {counted(looped, 'output')}")
+    if left := figures["broken"]:
+        said.append(
+            f"{counted(len(left), 'unreadable recording')} left out, the first: "
+            f"{next(iter(left.values()))}"
+        )
     return said

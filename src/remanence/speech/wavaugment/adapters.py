@@ -21,16 +21,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from remanence.errors import InputError
+from remanence.speech.wavaugment.augmentation import Augmentation
 from remanence.speech.wavaugment.params import Params
+from remanence.speech.wavaugment.waves import as_waves
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from remanence.speech.wavaugment.augmentation import Augmentation
     from remanence.speech.wavaugment.chain import TwoView
 
 
@@ -39,10 +41,12 @@ class AugmentedDataset(Dataset[Any]):
 
     An example drawn twice in one epoch is augmented alike; call `set_epoch` before each epoch. The
     epoch lies in shared memory, so that workers that outlive an epoch see it too. `RandomBabble`
-    finds no other examples here: use it on batches.
+    finds no other examples here: use it on batches. What speed, tempo or splices leave of a clip is
+    all that comes back, longer or shorter than it was; a `TwoView` keeps the clip's length.
 
     Args:
-        dataset: items by number: a wave, floats (T,) or (C, T), or a tuple that begins with one.
+        dataset: items by number: a wave, floats (T,) or (C, T), or a tuple or list that begins with
+            one, of which a tuple comes back.
         augment: what augments; a `TwoView` puts two waves in the place of one.
         seed: 0 or more.
     """
@@ -62,13 +66,31 @@ class AugmentedDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        """The item with its wave augmented."""
+        """The item with its wave augmented.
+
+        Raises:
+            InputError: it begins with no wave, or with one that does not fit.
+        """
         item = self.dataset[index]
-        wave, *rest = item if isinstance(item, tuple) else (item,)
+        many = isinstance(item, tuple | list) and len(item) > 0
+        wave, *rest = item if many else (item,)
         generator = _generator(self.seed, int(self._epoch), index % len(self))
-        out = self.augment(wave, generator=generator)
+        try:
+            out = self._augmented(wave, generator)
+        except InputError as error:
+            raise InputError(f"item {index}: {error}") from error
         views = out if isinstance(out, tuple) else (out,)
-        return (*views, *rest) if isinstance(item, tuple) or len(views) > 1 else out
+        return (*views, *rest) if many or len(views) > 1 else out
+
+    def _augmented(self, wave: Tensor, generator: torch.Generator) -> Any:
+        augment = self.augment
+        if not isinstance(augment, Augmentation) or not augment.changes_ends:
+            return augment(wave, generator=generator)
+        lengths = torch.tensor([as_waves(wave).wave.shape[-1]])
+        room = augment.most_samples(int(lengths))
+        padded = functional.pad(wave, (0, room - int(lengths)))
+        out, params = augment(padded, lengths, generator=generator, return_params=True)
+        return out[..., : int(augment.ends(lengths, params, room))]
 
 
 def pad_collate(items: Sequence[Any], *, waves: int = 1) -> tuple[Any, ...]:
@@ -85,13 +107,18 @@ def pad_collate(items: Sequence[Any], *, waves: int = 1) -> tuple[Any, ...]:
         else as a list.
 
     Raises:
-        InputError: no items, items without their waves, or another number of channels.
+        InputError: no items, items without their waves or with an empty one, or another number of
+            channels.
     """
     if not items:
         raise InputError("no items to collate: give at least one")
     rows = [item if isinstance(item, tuple | list) else (item,) for item in items]
-    if any(len(row) < waves or not isinstance(row[waves - 1], Tensor) for row in rows):
-        raise InputError(f"an item does not begin with {waves} waves: give tensors first")
+    for place, row in enumerate(rows):
+        if len(row) < waves or not all(isinstance(wave, Tensor) for wave in row[:waves]):
+            raise InputError(f"item {place} does not begin with {waves} waves: give tensors first")
+        if any(wave.ndim not in (1, 2) or wave.numel() == 0 for wave in row[:waves]):
+            shape = tuple(row[0].shape)
+            raise InputError(f"item {place} has a wave {shape}: give (T,) or (C, T), nothing empty")
     clips = [[wave.reshape(-1, wave.shape[-1]) for wave in row[:waves]] for row in rows]
     if len({wave.shape[0] for row in clips for wave in row}) > 1:
         raise InputError("clips differ in their number of channels: mix them to one")
@@ -114,12 +141,13 @@ class AugmentRows:
         augmented = recordings.map_batches(AugmentRows(chain, key="path"), batch_size=64)
 
     What a row draws hangs on the seed and its key alone, not on the batch or the worker that it
-    came to. `RandomBabble` finds no other examples here.
+    came to. `RandomBabble` finds no other examples here. Clips of an object array or a list become
+    as long as speed, tempo and splices leave them; rows of an array of floats keep their length.
 
     Args:
         chain: what augments.
-        column: of the waves: (B, T) or (B, C, T) floats, or an object array of (T,) or (C, T)
-            floats.
+        column: of the waves: (B, T) or (B, C, T) floats, or an object array or a list of (T,) or
+            (C, T) floats.
         key: column that tells rows apart, such as a path; the wave itself where None.
         seed: 0 or more; another seed makes another copy.
         device: where to augment.
@@ -144,7 +172,8 @@ class AugmentRows:
             batch: the columns.
 
         Returns:
-            The same, with the waves augmented, of the same form and dtype.
+            The same, with the waves augmented, of the same form and dtype; of a list comes an
+            object array.
 
         Raises:
             InputError: a column is missing, or its waves do not fit.
@@ -154,22 +183,29 @@ class AugmentRows:
                 raise InputError(
                     f"the batch has no column {name!r}: name one of {', '.join(batch)}"
                 )
-        clips = list(batch[self.column])
+        clips = [np.asarray(clip) for clip in batch[self.column]]
         if not clips:
             return batch
         keys = clips if self.key is None else list(batch[self.key])
-        waves, lengths = pad_collate([torch.from_numpy(np.array(clip)) for clip in clips])
+        if any(clip.dtype.kind != "f" for clip in clips):
+            raise InputError(f"column {self.column!r} holds rows that are no floats: convert them")
+        waves, lengths = pad_collate([torch.from_numpy(clip.copy()) for clip in clips])
+        chain, column = self.chain.to(self.device), batch[self.column]
+        fixed = isinstance(column, np.ndarray) and column.dtype != object
+        rooms = [n if fixed else chain.most_samples(n) for n in lengths.tolist()]
         drawn = [
-            self.chain.sample(1, int(length), _generator(self.seed, _digest(key)))
-            for length, key in zip(lengths, keys, strict=True)
+            chain.sample(1, n, _generator(self.seed, _digest(key)), time=room)
+            for n, room, key in zip(lengths.tolist(), rooms, keys, strict=True)
         ]
-        chain = self.chain.to(self.device)
-        out = chain(waves.to(self.device), lengths, params=Params.cat(drawn)).cpu().numpy()
-        cut = [
-            row[:, : clip.shape[-1]].reshape(clip.shape)
-            for row, clip in zip(out, clips, strict=True)
-        ]
-        return {**batch, self.column: _like(batch[self.column], cut)}
+        padded = functional.pad(waves, (0, max(rooms) - waves.shape[-1])).to(self.device)
+        out, params = chain(padded, lengths, params=Params.cat(drawn), return_params=True)
+        if fixed:
+            return {**batch, self.column: out.cpu().numpy().reshape(column.shape)}
+        rows = np.empty(len(clips), dtype=object)
+        ends = chain.ends(lengths, params, max(rooms)).tolist()
+        for place, (row, clip, end) in enumerate(zip(out.cpu().numpy(), clips, ends, strict=True)):
+            rows[place] = row[:, :end].reshape(*clip.shape[:-1], end)
+        return {**batch, self.column: rows}
 
 
 def _generator(*numbers: int) -> torch.Generator:
@@ -184,17 +220,8 @@ def _digest(key: Any) -> int:
 
 
 def _together(field: tuple[Any, ...]) -> Any:
-    if all(isinstance(value, int | float) for value in field):
+    if all(isinstance(value, int | float | np.number) for value in field):
         return torch.tensor(field)
     if all(isinstance(value, Tensor) and value.shape == field[0].shape for value in field):
         return torch.stack(field)
     return list(field)
-
-
-def _like(column: np.ndarray, rows: list[np.ndarray]) -> np.ndarray:
-    if column.dtype != object:
-        return np.stack(rows)
-    out = np.empty(len(rows), dtype=object)
-    for place, row in enumerate(rows):
-        out[place] = row
-    return out

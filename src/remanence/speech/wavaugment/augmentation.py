@@ -3,6 +3,11 @@
 Every draw is one tensor operation for the whole batch, in float64 on the CPU, in the order of the
 parameters' names, `apply` first. It never depends on the wave's device. A batch drawn in two parts
 differs from one drawn at once: cut its parameters into rows instead.
+
+`torch.compile(augment, fullgraph=True)` takes parameters that were drawn before, and is compiled
+once for all draws of one batch shape. It looks at no values: a wave with NaN, or parameters of
+another effect or range, pass unnoticed. With waves, lengths and parameters (`params.to(device)`) on
+one GPU nothing waits for the CPU, and CUDA graphs (`mode="reduce-overhead"`) can hold it.
 """
 
 from __future__ import annotations
@@ -14,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from remanence.errors import InputError
+from remanence.speech.wavaugment.graph import home
 from remanence.speech.wavaugment.params import Params
 from remanence.speech.wavaugment.trust import trusting
-from remanence.speech.wavaugment.waves import as_waves
+from remanence.speech.wavaugment.waves import Waves, as_waves, check_generator
 
 
 class Augmentation(nn.Module, ABC):
@@ -32,7 +38,7 @@ class Augmentation(nn.Module, ABC):
         always: augment in eval mode too.
 
     Attributes:
-        changes_ends: whether examples may end sooner than they did; `ends` says where.
+        changes_ends: whether examples may end elsewhere than they did; `ends` says where.
     """
 
     changes_ends: bool = False
@@ -43,7 +49,12 @@ class Augmentation(nn.Module, ABC):
 
     @abstractmethod
     def sample(
-        self, batch_size: int, lengths: Tensor | int, generator: torch.Generator | None = None
+        self,
+        batch_size: int,
+        lengths: Tensor | int,
+        generator: torch.Generator | None = None,
+        *,
+        time: int | None = None,
     ) -> Params:
         """Draw parameters.
 
@@ -51,6 +62,7 @@ class Augmentation(nn.Module, ABC):
             batch_size: B.
             lengths: valid samples, (B,) or one number for all.
             generator: on the CPU; torch's own where None.
+            time: T, up to which examples may grow; the greatest length where None.
 
         Returns:
             Parameters of B rows, on the CPU.
@@ -58,20 +70,25 @@ class Augmentation(nn.Module, ABC):
 
     @abstractmethod
     def run(self, rows: Tensor, lengths: Tensor | None, params: Params) -> Tensor:
-        """Apply drawn parameters to (B, C, T) rows; lengths are on the CPU."""
+        """Apply drawn parameters to (B, C, T) rows; lengths are at `home`."""
 
-    def ends(self, lengths: Tensor, params: Params) -> Tensor:
-        """Where examples end afterwards: sooner than before only after speed, tempo, splices.
+    def ends(self, lengths: Tensor, params: Params, time: int) -> Tensor:
+        """Where examples end afterwards: elsewhere than before only after speed, tempo, splices.
 
         Args:
             lengths: valid samples before, (B,).
             params: what was drawn.
+            time: T, past which nothing grows.
 
         Returns:
-            Valid samples afterwards, (B,) int64; what lies past them is 0.
+            Valid samples afterwards, (B,) int64, above 0 where they were; what lies past them is 0.
         """
-        del params
+        del params, time
         return lengths
+
+    def most_samples(self, length: int) -> int:
+        """With how many samples an example of so many may end, in a batch that has the room."""
+        return length
 
     @overload
     def forward(
@@ -106,38 +123,44 @@ class Augmentation(nn.Module, ABC):
     ) -> Tensor | tuple[Tensor, Params]:
         """Augment a wave.
 
+        Compiled, it needs `params` for a whole graph, and trusts all that it is given.
+
         Args:
             wave: floats (T,), (C, T) or (B, C, T).
-            lengths: valid samples of each row, (B,), best on the CPU; what lies past them comes
-                back as 0.
+            lengths: valid samples of each row, (B,), best on the CPU. What lies past them is
+                room for examples that become longer, and else comes back as 0.
             generator: on the CPU, for the draw.
             params: parameters to replay instead of a draw.
             return_params: also return the parameters; in eval mode, such as touch no row.
 
         Returns:
-            The wave's shape, dtype and device; with `return_params` the parameters too.
+            The wave's shape, dtype and device; with `return_params` the parameters too. Where no
+            row is touched it may share the wave's memory.
 
         Raises:
             InputError: a wave, lengths, generator or parameters that do not fit.
         """
-        if generator is not None and generator.device.type != "cpu":
-            raise InputError(f"generator is on {generator.device}: give one on the CPU")
+        check_generator(generator)
         active = self.training or self.always
         if not active and not return_params:
             return wave
         waves = as_waves(wave, lengths)
         batch, _, time = waves.wave.shape
-        ends = None if lengths is None else torch.as_tensor(lengths).cpu()
+        ends = None if lengths is None else torch.as_tensor(lengths).to(home(wave.device))
         if not active:
             idle = torch.zeros(batch, dtype=torch.bool)
             spare = torch.Generator().manual_seed(0)
             return wave, self.sample(batch, time, spare).gated(idle)
         if params is None:
-            params = self.sample(batch, time if ends is None else ends, generator)
+            params = self.sample(batch, time if ends is None else ends, generator, time=time)
         if len(params) != batch:
             raise InputError(f"parameters are for {len(params)} rows and the wave has {batch}")
         with trusting():
-            out = waves.restore(self.run(waves.wave, ends, params))
+            out = self.run(waves.wave, ends, params)
+            if ends is not None and self.changes_ends:
+                after = self.ends(ends, params, time).to(wave.device)
+                waves = Waves(waves.wave, after, waves.shape, ragged=True)
+            out = waves.restore(out)
         return (out, params) if return_params else out
 
 
@@ -156,18 +179,31 @@ class RandomEffect(Augmentation):
         self.p = p
 
     def sample(
-        self, batch_size: int, lengths: Tensor | int, generator: torch.Generator | None = None
+        self,
+        batch_size: int,
+        lengths: Tensor | int,
+        generator: torch.Generator | None = None,
+        *,
+        time: int | None = None,
     ) -> Params:
         """Draw `apply`, then the effect's own parameters; see `Augmentation.sample`."""
+        del time  # only what comes next hangs on it
         apply = torch.rand(batch_size, dtype=torch.float64, generator=generator) < self.p
         ends = torch.as_tensor(lengths).cpu().expand(batch_size)
         return Params({"apply": apply, **self.draw(ends, generator)})
 
     def run(self, rows: Tensor, lengths: Tensor | None, params: Params) -> Tensor:
-        """Apply drawn parameters to the rows that `apply` names, and compute no others."""
+        """Apply drawn parameters to the rows that `apply` names, and compute no others.
+
+        Inside a compiled graph all are computed, as its shapes are fixed.
+        """
         if "apply" not in params.values:
             raise InputError("parameters hold no 'apply': replay them in the chain that drew them")
-        params = params.to("cpu")
+        params = params.to(home(rows.device))
+        if torch.compiler.is_compiling():
+            every = torch.arange(len(rows), device=rows.device)
+            apply = params.values["apply"][:, None, None]
+            return torch.where(apply, self.select(rows, lengths, params, every), rows)
         chosen = params.values["apply"].nonzero()[:, 0]
         if len(chosen) == 0:
             return rows
@@ -184,7 +220,7 @@ class RandomEffect(Augmentation):
     def select(
         self, rows: Tensor, lengths: Tensor | None, params: Params, chosen: Tensor
     ) -> Tensor:
-        """The effect on the rows numbered `chosen`, (N,) on the CPU and in order: (N, C, T)."""
+        """The effect on the rows numbered `chosen`, (N,) at `home` and in order: (N, C, T)."""
 
 
 class RowEffect(RandomEffect):
@@ -193,7 +229,7 @@ class RowEffect(RandomEffect):
     def select(
         self, rows: Tensor, lengths: Tensor | None, params: Params, chosen: Tensor
     ) -> Tensor:
-        """The effect on the rows numbered `chosen`, (N,) on the CPU and in order: (N, C, T)."""
+        """The effect on the rows numbered `chosen`, (N,) at `home` and in order: (N, C, T)."""
         if len(chosen) == len(rows):
             return self.effect(rows, lengths, params.values)
         ends = None if lengths is None else lengths[chosen]

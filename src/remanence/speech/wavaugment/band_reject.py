@@ -7,13 +7,16 @@ A Kaiser-windowed high-pass at the upper edge plus a low-pass at the lower edge.
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from remanence.errors import InputError
+from remanence.speech.wavaugment.graph import constant, found
 from remanence.speech.wavaugment.waves import as_waves, check_rate, fir, per_example
 
+Number = TypeVar("Number", float, Tensor)
 # sox's fit of the Kaiser window's beta: a row a transition width, q = 0.0005 * 2^row of the
 # cutoff; cubic coefficients in the attenuation.
 BETA_CUBICS = (
@@ -117,9 +120,9 @@ def reject_taps(
     check_rate(sample_rate)
     nyquist = sample_rate / 2
     low, high = low_hz.double(), high_hz.double()
-    if not bool(((low >= 0) & (low < high)).all()):
+    if found(~((low >= 0) & (low < high))):
         raise InputError("low_hz must lie at 0 or above and below high_hz: mend the band's edges")
-    if not bool((high < nyquist).all()):
+    if found(~(high < nyquist)):
         raise InputError(f"high_hz must lie below half the sample rate, {nyquist:g} Hz")
     if not 60 <= attenuation <= 180:
         raise InputError(f"attenuation {attenuation} dB lies outside 60..180")
@@ -130,9 +133,12 @@ def reject_taps(
     half_slope = slope / nyquist / 2
     # The upper edge's filter is designed first, and sox uses its beta for the lower one too.
     beta = _kaiser_beta(attenuation, half_slope * 0.5 / (high / nyquist))
-    width = ((0.0007528358 - 1.577737e-5 * beta) * beta + 0.6248022) * beta + 0.06186902
-    order = ((width / half_slope + 1).ceil().clamp(11, 32767).long() | 1) - 1
-    half = int(order.max()) // 2
+    order = ((_width(beta) / half_slope + 1).ceil().clamp(11, 32767).long() | 1) - 1
+    if torch.compiler.is_compiling():
+        most = math.ceil(_width(_largest_beta(attenuation)) / half_slope + 1)
+        half = min(max(most, 11), 32767) // 2
+    else:
+        half = int(order.max()) // 2
     z = torch.arange(-half, half + 1, device=low.device, dtype=torch.float64)
     inside = (1 - (z / (order[:, None] / 2)) ** 2).clamp(min=0)
     window: Tensor = (
@@ -149,8 +155,25 @@ def reject_taps(
     return taps
 
 
+def _width(beta: Number) -> Number:
+    """Of the window, as a share of the transition."""
+    return ((0.0007528358 - 1.577737e-5 * beta) * beta + 0.6248022) * beta + 0.06186902
+
+
+def _cubics() -> Tensor:
+    return torch.tensor(BETA_CUBICS, dtype=torch.float64)
+
+
+def _largest_beta(attenuation: float) -> float:
+    """Of all bands: beta runs on lines from row to row, and one row's width before the first."""
+    fits = [
+        ((a * attenuation + b) * attenuation + c) * attenuation + d for a, b, c, d in BETA_CUBICS
+    ]
+    return max(*fits, 2 * fits[0] - fits[1])
+
+
 def _kaiser_beta(attenuation: float, q: Tensor) -> Tensor:
-    cubics = torch.tensor(BETA_CUBICS, dtype=torch.float64, device=q.device)
+    cubics = constant(_cubics, q.device)
     powers = attenuation ** torch.arange(3, -1, -1, device=q.device).double()
     fits: Tensor = cubics @ powers
     place = (q / 0.0005).log2()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from remanence.errors import InputError
 from remanence.speech.wavaugment.augmentation import Augmentation
+from remanence.speech.wavaugment.graph import home
 from remanence.speech.wavaugment.levels import saturate
 from remanence.speech.wavaugment.params import Params
 from remanence.speech.wavaugment.random import (
@@ -54,15 +55,16 @@ class Chain(Augmentation):
         self.changes_ends = any(effect.changes_ends for effect in effects)
 
     def sample(
-        self, batch_size: int, lengths: Tensor | int, generator: torch.Generator | None = None
+        self,
+        batch_size: int,
+        lengths: Tensor | int,
+        generator: torch.Generator | None = None,
+        *,
+        time: int | None = None,
     ) -> Params:
         """Draw every effect's parameters; see `Augmentation.sample`."""
-        return Params.nest(
-            {
-                str(place): effect.sample(batch_size, lengths, generator)
-                for place, effect in enumerate(self._members())
-            }
-        )
+        every = torch.ones(batch_size, len(self.effects), dtype=torch.bool)
+        return self._drawn(every, lengths, generator, time)
 
     def run(self, rows: Tensor, lengths: Tensor | None, params: Params) -> Tensor:
         """Apply drawn parameters to (B, C, T) rows."""
@@ -72,15 +74,47 @@ class Chain(Augmentation):
             if self.saturate:
                 rows = saturate(rows)
             if effect.changes_ends:
-                before = torch.full((len(rows),), rows.shape[-1]) if lengths is None else lengths
-                lengths = effect.ends(before, own)
+                time = rows.shape[-1]
+                if lengths is None:
+                    lengths = torch.full((len(rows),), time, device=home(rows.device))
+                lengths = effect.ends(lengths, own, time)
         return rows
 
-    def ends(self, lengths: Tensor, params: Params) -> Tensor:
+    def ends(self, lengths: Tensor, params: Params, time: int) -> Tensor:
         """Where examples end after all effects; see `Augmentation.ends`."""
         for place, effect in enumerate(self._members()):
-            lengths = effect.ends(lengths, params.under(str(place)))
+            lengths = effect.ends(lengths, params.under(str(place)), time)
         return lengths
+
+    def most_samples(self, length: int) -> int:
+        """The most samples after all effects; see `Augmentation.most_samples`."""
+        return self._most_after(length, len(self.effects))
+
+    def _most_after(self, length: int, k: int) -> int:
+        """The most samples after the `k` effects that lengthen most, in order."""
+        most = [length] * (k + 1)  # after so many of the effects so far
+        for effect in self._members():
+            for count in range(k, 0, -1):
+                most[count] = max(most[count], effect.most_samples(most[count - 1]))
+        return most[k]
+
+    def _drawn(
+        self,
+        chosen: Tensor,
+        lengths: Tensor | int,
+        generator: torch.Generator | None,
+        time: int | None,
+    ) -> Params:
+        """Draw each effect, applied where `chosen` (B, effects), on the lengths left before it."""
+        ends = torch.as_tensor(lengths).cpu().expand(len(chosen))
+        room = int(ends.max()) if time is None else time
+        drawn = {}
+        for place, effect in enumerate(self._members()):
+            own = effect.sample(len(chosen), ends, generator, time=room)
+            own = drawn[str(place)] = own.gated(chosen[:, place])
+            if effect.changes_ends:
+                ends = effect.ends(ends, own, room)
+        return Params.nest(drawn)
 
     def _members(self) -> list[Augmentation]:
         return [effect for effect in self.effects if isinstance(effect, Augmentation)]
@@ -112,19 +146,23 @@ class SomeOf(Chain):
         self.k = k
 
     def sample(
-        self, batch_size: int, lengths: Tensor | int, generator: torch.Generator | None = None
+        self,
+        batch_size: int,
+        lengths: Tensor | int,
+        generator: torch.Generator | None = None,
+        *,
+        time: int | None = None,
     ) -> Params:
         """Draw the choice, then every effect's parameters; see `Augmentation.sample`."""
-        members = self._members()
-        keys = torch.rand(batch_size, len(members), dtype=torch.float64, generator=generator)
-        chosen = torch.zeros(keys.shape, dtype=torch.bool)
+        shape = batch_size, len(self.effects)
+        keys = torch.rand(shape, dtype=torch.float64, generator=generator)
+        chosen = torch.zeros(shape, dtype=torch.bool)
         chosen.scatter_(1, keys.argsort(1)[:, : self.k], value=True)
-        return Params.nest(
-            {
-                str(place): effect.sample(batch_size, lengths, generator).gated(chosen[:, place])
-                for place, effect in enumerate(members)
-            }
-        )
+        return self._drawn(chosen, lengths, generator, time)
+
+    def most_samples(self, length: int) -> int:
+        """The most samples after `k` of the effects; see `Augmentation.most_samples`."""
+        return self._most_after(length, self.k)
 
 
 class OneOf(SomeOf):
@@ -151,7 +189,7 @@ def from_recipe(
     - `wav2aug-top3`, `-top6`, `-top9`: for each example two distinct effects, evenly drawn, of the
       first so many of noise, frequency drop, time drop, speed, clip, chunk swap, babble, gain and
       polarity, the order in which the authors of wav2aug found them useful, with its ranges. Speed
-      ends an example sooner (`ends`), and babble needs the batch as a whole.
+      moves an example's end (`ends`), and babble needs the batch as a whole.
 
     Args:
         name: of the recipe.

@@ -26,13 +26,14 @@ effect but `oneof` and `someof` takes `p`, the share of examples that it touches
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from remanence.errors import InputError
 from remanence.speech.wavaugment import random
-from remanence.speech.wavaugment.chain import Chain, OneOf, SomeOf
+from remanence.speech.wavaugment.chain import RECIPES, Chain, OneOf, SomeOf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
     OpenNoise = Callable[[str], Tensor | Sequence[Tensor]]
 
+DEEPEST = 50  # brackets in one another
+FOR_PYTHON = "wav2aug-top9"  # the recipe that no text can say
 _COUNT = {"count": ("count", "range")}
 _SLOPES = {"transition": ("transition_hz", "number")}
 # Options by effect, the main one first: what they are called in Python, and what they take.
@@ -141,7 +144,9 @@ def from_text(
     Raises:
         InputError: the text is no chain; the message gives the column, from 1.
     """
-    effects = _Reader(text, sample_rate, open_noise, noise).effects(0, len(text))
+    reader = _Reader(text, sample_rate, open_noise, noise)
+    reader.check_depth()
+    effects = reader.effects(0, len(text))
     return Chain(effects, saturate=saturate, always=always)
 
 
@@ -157,11 +162,19 @@ class _Reader:
     def wrong(self, place: int, what: str) -> InputError:
         return InputError(f"chain {self.text!r}, column {place + 1}: {what}")
 
+    def check_depth(self) -> None:
+        """Raise InputError where more brackets are open than anyone needs."""
+        depth = 0
+        for place, character in enumerate(self.text):
+            depth += {"[": 1, "]": -1}.get(character, 0)
+            if depth > DEEPEST:
+                raise self.wrong(place, f"more than {DEEPEST} brackets in one another: write fewer")
+
     def effects(self, begin: int, end: int) -> list[Augmentation]:
         """The effects written between two places."""
         found = []
         for first, last in self.parts(begin, end):
-            name = re.compile(r"[A-Za-z_]+").match(self.text, first, last)
+            name = re.compile(r"[A-Za-z_][\w-]*").match(self.text, first, last)
             if not name:
                 known = ", ".join(OPTIONS)
                 raise self.wrong(first, f"an effect must stand here: one of {known}")
@@ -203,26 +216,35 @@ class _Reader:
     def effect(self, name: str, first: int, at: int, end: int) -> Augmentation:
         """The effect whose name ends at a place, with the options behind it."""
         if name not in OPTIONS:
-            raise self.wrong(first, f"{name!r} is no effect: use one of {', '.join(OPTIONS)}")
+            raise self.wrong(first, _no_effect(name))
         at += len(self.text[at:end]) - len(self.text[at:end].lstrip())
         given: dict[str, Any] = {}
+        places: dict[str, tuple[int, int]] = {}
         if at < end:
             if self.text[at] == "]":
                 raise self.wrong(at, "this bracket closes nothing: take it out")
             if self.text[at] != "[":
                 raise self.wrong(at, f"{self.text[at]!r} after an effect: put ',' between effects")
-            given = self.options(name, *self.inside(at, end))
+            given, places = self.options(name, *self.inside(at, end))
         try:
             return self.build(name, given)
         except InputError as error:
-            raise self.wrong(first, f"{name}: {error}") from error
+            said = str(error)
+            for key, (option, _) in _options(name).items():
+                if option in places and said.startswith(f"{option} "):
+                    # As the text has it: the option's name and what was written.
+                    first, last = places[option]
+                    rest = re.sub(r"^\w+ (\([^)]*\)|[^\s:]+)", "", said)
+                    said = f"{key} {self.text[first:last]}{rest}"
+            raise self.wrong(first, f"{name}: {said}") from error
 
-    def options(self, name: str, begin: int, end: int) -> dict[str, Any]:
-        """Python's names and values of an effect's options."""
-        known = dict(OPTIONS[name])
-        if name not in ("oneof", "someof"):
-            known["p"] = ("p", "number")
+    def options(
+        self, name: str, begin: int, end: int
+    ) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+        """An effect's options by Python's names: their values, and where these are written."""
+        known = _options(name)
         given: dict[str, Any] = {}
+        places: dict[str, tuple[int, int]] = {}
         for place, (first, last) in enumerate(self.parts(begin, end)):
             named = re.compile(r"([^\[=]*)=\s*").match(self.text, first, last)
             if not named and place:
@@ -237,14 +259,15 @@ class _Reader:
             if option in given:
                 raise self.wrong(first, f"{key!r} is given twice")
             start = named.end() if named else first
+            places[option] = start, last
             if kind == "chain":
                 given[option] = self.chain(start, last)
             else:
                 try:
                     given[option] = _value(self.text[start:last], kind)
                 except InputError as error:
-                    raise self.wrong(first, str(error)) from None
-        return given
+                    raise self.wrong(start, str(error)) from None
+        return given, places
 
     def chain(self, begin: int, end: int) -> list[Augmentation]:
         """The effects of a chain in brackets."""
@@ -284,6 +307,29 @@ class _Reader:
         return self.open_noise(given.pop("source"))
 
 
+def _options(name: str) -> dict[str, tuple[str, str]]:
+    if name in ("oneof", "someof"):
+        return OPTIONS[name]
+    return {**OPTIONS[name], "p": ("p", "number")}
+
+
+def _no_effect(name: str) -> str:
+    """Why a word cannot stand for an effect, and what may have been meant."""
+    if name == FOR_PYTHON:
+        return f"{name!r} is a recipe for Python alone, from_recipe, as babble needs a batch"
+    if name in RECIPES:
+        return f"{name!r} is a recipe and stands alone, outside of chains; in Python, from_recipe"
+    recipes = [recipe for recipe in RECIPES if recipe != FOR_PYTHON]
+    near = difflib.get_close_matches(name.lower(), [*OPTIONS, *recipes], n=1)
+    if near:
+        kind = "the recipe " if near[0] in RECIPES else ""
+        return f"{name!r} is no effect: did you mean {kind}{near[0]}?"
+    return (
+        f"{name!r} is no effect: use one of {', '.join(OPTIONS)}; or a recipe alone, one of"
+        f" {', '.join(recipes)}"
+    )
+
+
 def _value(value: str, kind: str) -> Any:
     if "|" in kind:
         if value not in kind.split("|"):
@@ -307,4 +353,7 @@ def _value(value: str, kind: str) -> Any:
     }[kind]
     if len(numbers) not in fits:
         raise InputError(f"{value!r} does not fit: give {wanted}")
+    if numbers[0] > numbers[-1]:
+        low, high = reversed(value.split(":"))
+        raise InputError(f"{value!r} runs from high to low: write {low}:{high}")
     return numbers if len(numbers) == 2 else numbers[0]

@@ -17,8 +17,8 @@ def clip(
     Args:
         wave: floats (T,), (C, T) or (B, C, T); the extremes are over all channels of an example.
         factor: 0..1; a number or (B,). 1 leaves the wave as it is.
-        keep_peak: divide by `factor` again, so that the extremes stay where they were; a factor of
-            0 gives silence.
+        keep_peak: divide by `factor` again, so that a largest sample above 0 and a least one below
+            0 stay as they were; a factor of 0 gives silence.
         lengths: valid samples of each row, (B,).
 
     Returns:

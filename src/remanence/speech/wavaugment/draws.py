@@ -21,12 +21,12 @@ Range = float | tuple[float, float]
 def as_range(name: str, value: Range, least: float, most: float) -> tuple[float, float]:
     """(low, high), checked to lie within least..most."""
     low, high = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
-    numbers = isinstance(low, Real) and isinstance(high, Real)
-    if not numbers or not least <= low <= high <= most:
-        raise InputError(
-            f"{name} {value} lies outside {least:g}..{most:g}, or is no range: give a number, or "
-            "low <= high"
-        )
+    if not (isinstance(low, Real) and isinstance(high, Real)):
+        raise InputError(f"{name} {value!r} is no range: give a number, or (low, high)")
+    if low > high:
+        raise InputError(f"{name} {value} runs from high to low: give {(high, low)}")
+    if not least <= low <= high <= most:
+        raise InputError(f"{name} {value} lies outside {least:g}..{most:g}")
     return low, high
 
 

@@ -54,9 +54,8 @@ def frequency_drop(
         transition_hz=transition_hz,
     ).view(batch, bands, -1)
     middle = taps.shape[-1] // 2
-    through = torch.zeros_like(taps[0, 0])
-    through[middle] = 1
-    taps = torch.where(none[:, :, None], through, taps)
+    through = torch.arange(taps.shape[-1], device=taps.device) == middle
+    taps = torch.where(none[:, :, None], through.to(taps.dtype), taps)
     whole = bands * 2 * middle + 1
     length = fast_length(whole)
     cascade = torch.fft.irfft(torch.fft.rfft(taps, length).prod(1), length)[:, :whole]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from remanence.errors import InputError
+from remanence.speech.wavaugment.graph import found, numbers
 from remanence.speech.wavaugment.waves import Waves, as_waves, fits, per_example
 
 Mix = Literal["rms", "wavaugment", "rms_peak"]
@@ -52,8 +52,7 @@ def add_noise(
     Raises:
         InputError: shapes, lengths or values that do not fit, or an unknown mix.
     """
-    if mix not in get_args(Mix):
-        raise InputError(f"mix {mix!r} is unknown: give one of {get_args(Mix)}")
+    check_mix(mix)
     if snr_db is None:
         raise InputError("snr_db is None: give the ratio in dB")
     waves = as_waves(wave, lengths)
@@ -89,11 +88,19 @@ def add_noise(
     return waves.restore(torch.where(audible, mixed, x))
 
 
+def check_mix(mix: str) -> None:
+    """Raise InputError unless a mix is one that there is."""
+    if mix not in get_args(Mix):
+        raise InputError(f"mix {mix!r} is unknown: give one of {get_args(Mix)}")
+
+
 def _source(
     waves: Waves, noise: Tensor, offsets: Tensor | int, noise_lengths: Tensor | None
 ) -> tuple[Waves, Tensor]:
     """The noise on the wave's device, checked, and where each row starts in it, (B,) or ()."""
     batch, channels, _ = waves.wave.shape
+    if not isinstance(noise, Tensor):
+        raise InputError(f"noise is {type(noise).__name__}: give a tensor")
     if noise.ndim not in (1, len(waves.shape)):
         raise InputError(
             f"noise has shape {tuple(noise.shape)} and the wave {waves.shape}: give (T',), or as"
@@ -107,14 +114,13 @@ def _source(
             f" 1 or {channels} channels"
         )
     # Looked at where they were given: on a GPU a look waits for all that runs there.
-    if noise_lengths is not None and bool((torch.as_tensor(noise_lengths) < 1).any()):
+    if noise_lengths is not None and found(torch.as_tensor(noise_lengths) < 1):
         raise InputError("noise_lengths hold 0: leave empty noise out")
-    starts = torch.as_tensor(offsets)
-    if starts.is_floating_point() or bool((starts < 0).any()):
+    starts = numbers(offsets, rows.device)
+    if starts.is_floating_point() or found(starts < 0):
         raise InputError("offsets must be whole samples, 0 or more")
-    return replace(source, wave=rows, lengths=source.lengths.to(rows.device)), starts.to(
-        rows.device
-    )
+    ends = source.lengths.to(rows.device)
+    return Waves(rows, ends, source.shape, source.ragged), starts.to(rows.device)
 
 
 def _looped(waves: Waves, source: Waves, starts: Tensor) -> Tensor:
@@ -146,7 +152,7 @@ def babble(wave: Tensor, voices: Tensor, *, lengths: Tensor | None = None) -> Te
     rows = torch.as_tensor(voices)
     if rows.ndim != 2 or len(rows) != batch:
         raise InputError(f"voices must be ({batch}, K) rows -1..{batch - 1}")
-    return sum_rows(waves.wave, rows, torch.arange(batch))
+    return sum_rows(waves.wave, rows, torch.arange(batch, device=rows.device))
 
 
 def sum_rows(rows: Tensor, voices: Tensor, own: Tensor) -> Tensor:
@@ -154,8 +160,8 @@ def sum_rows(rows: Tensor, voices: Tensor, own: Tensor) -> Tensor:
 
     Args:
         rows: (B, C, T) floats, zero past each row's length.
-        voices: (N, K) rows on the CPU, -1 for none.
-        own: (N,) the row that the voices talk over, on the CPU.
+        voices: (N, K) rows at `home`, -1 for none.
+        own: (N,) the row that the voices talk over, at `home`.
 
     Returns:
         (N, C, T).
@@ -164,11 +170,11 @@ def sum_rows(rows: Tensor, voices: Tensor, own: Tensor) -> Tensor:
         InputError: as `babble`.
     """
     batch = len(rows)
-    if bool(((voices < -1) | (voices >= batch)).any()):
+    if found((voices < -1) | (voices >= batch)):
         raise InputError(f"voices name rows outside -1..{batch - 1}: replay the batch as it was")
-    if bool((voices == own[:, None]).any()):
+    if found(voices == own[:, None]):
         raise InputError("voices hold a row that would talk over itself: draw other rows")
-    weights = torch.zeros(len(voices), batch + 1, dtype=rows.dtype)
+    weights = rows.new_zeros(len(voices), batch + 1, device=voices.device)
     weights.scatter_add_(1, voices + 1, torch.ones_like(voices, dtype=rows.dtype))
     return torch.einsum("no,oct->nct", weights[:, 1:].to(rows.device), rows)
 

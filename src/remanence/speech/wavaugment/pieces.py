@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from remanence.errors import InputError
+from remanence.speech.wavaugment.graph import found
 from remanence.speech.wavaugment.time_drop import whole_samples
 from remanence.speech.wavaugment.waves import as_waves
 
@@ -36,7 +38,8 @@ def chunk_swap(
     first = whole_samples("starts", starts, batch)
     size = whole_samples("sizes", sizes, batch)
     places = whole_samples("order", order, batch)
-    if not torch.equal(places.cpu().sort(1)[0], torch.arange(first.shape[1]).expand(first.shape)):
+    numbered = torch.arange(first.shape[1], device=places.device)
+    if places.shape != first.shape or found(places.sort(1)[0] != numbered):
         raise InputError(f"order must permute 0..{first.shape[1] - 1} in each row")
     clock = torch.arange(time, device=wave.device).expand(batch, time)
     size, first, source = (v.to(wave.device) for v in (size, first, first.gather(1, places)))
@@ -84,20 +87,36 @@ def kept_samples(
     starts: Tensor | int, durations: Tensor | int, lengths: Tensor, time: int
 ) -> Tensor:
     """Which of the valid samples no stretch takes: (B, T) bool on the lengths' device."""
-    batch = len(lengths)
+    first, count = _stretches(starts, durations, len(lengths), lengths.device)
+    clock = torch.arange(time, device=lengths.device)
+    kept = clock < lengths[:, None]
+    for begin, span in zip(first.T, count.T, strict=True):
+        kept = kept & ((clock < begin[:, None]) | (clock >= (begin + span)[:, None]))
+    return kept
+
+
+def samples_left(starts: Tensor | int, durations: Tensor | int, lengths: Tensor) -> Tensor:
+    """How many of the valid samples no stretch takes: (B,) int64 on the lengths' device."""
+    first, count = _stretches(starts, durations, len(lengths), lengths.device)
+    first, order = first.sort(1)
+    stop = (first + count.gather(1, order)).minimum(lengths[:, None])
+    # In order, a stretch takes only what lies past all those before it.
+    past = functional.pad(stop.cummax(1)[0][:, :-1], (1, 0))
+    return lengths - (stop - torch.maximum(first, past)).clamp(min=0).sum(1)
+
+
+def _stretches(
+    starts: Tensor | int, durations: Tensor | int, batch: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     first, count = (
-        whole_samples(name, value, batch).to(lengths.device)
+        whole_samples(name, value, batch).to(device)
         for name, value in (("starts", starts), ("durations", durations))
     )
     if first.shape != count.shape:
         raise InputError(
             f"starts are {tuple(first.shape)} and durations {tuple(count.shape)}: give one of each"
         )
-    clock = torch.arange(time, device=lengths.device)
-    kept = clock < lengths[:, None]
-    for begin, span in zip(first.T, count.T, strict=True):
-        kept = kept & ((clock < begin[:, None]) | (clock >= (begin + span)[:, None]))
-    return kept
+    return first, count
 
 
 def _read(rows: Tensor, index: Tensor, channels: int) -> Tensor:

@@ -16,7 +16,6 @@ from remanence.speech.wavaugment.band_reject import (
 )
 from remanence.speech.wavaugment.draws import Range, as_range, as_whole_range, uniform, whole
 from remanence.speech.wavaugment.frequency_drop import frequency_drop
-from remanence.speech.wavaugment.waves import check_rate
 
 
 class RandomBandReject(RowEffect):
@@ -43,7 +42,7 @@ class RandomBandReject(RowEffect):
         always: bool = False,
     ) -> None:
         super().__init__(p=p, always=always)
-        check_rate(sample_rate)
+        _check_slopes(sample_rate, transition_hz)
         self.sample_rate, self.transition_hz = sample_rate, transition_hz
         self.scaler = as_range("scaler", scaler, 1e-3, 256 / 27)[0]
 
@@ -96,7 +95,7 @@ class RandomFrequencyDrop(RowEffect):
         always: bool = False,
     ) -> None:
         super().__init__(p=p, always=always)
-        check_rate(sample_rate)
+        _check_slopes(sample_rate, transition_hz)
         self.count = as_whole_range("count", count, 0, 64)
         if self.count[1] < 1:
             raise InputError(f"count {count} drops nothing: raise it")
@@ -123,3 +122,9 @@ class RandomFrequencyDrop(RowEffect):
             transition_hz=self.transition_hz,
             lengths=lengths,
         )
+
+
+def _check_slopes(sample_rate: float, transition_hz: float | None) -> None:
+    """Raise InputError now, and not at the first draw, where no filter can be designed."""
+    low, high = torch.tensor([[0.0], [1.0]])
+    reject_taps(sample_rate, low, high, transition_hz=transition_hz)

@@ -11,9 +11,11 @@ from remanence.errors import InputError
 from remanence.speech.wavaugment.augmentation import Augmentation, RandomEffect, RowEffect
 from remanence.speech.wavaugment.band_reject import band_pass
 from remanence.speech.wavaugment.draws import Range, as_range, below, uniform, whole
-from remanence.speech.wavaugment.noise import Mix, add_noise, other_rows, sum_rows
+from remanence.speech.wavaugment.graph import found
+from remanence.speech.wavaugment.noise import Mix, add_noise, check_mix, other_rows, sum_rows
 from remanence.speech.wavaugment.params import Params
-from remanence.speech.wavaugment.waves import as_waves
+from remanence.speech.wavaugment.pitch import resample
+from remanence.speech.wavaugment.waves import as_waves, check_rate, mono_clips
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,24 +26,28 @@ class RandomNoise(RowEffect):
 
     Draws `clip`, `offset` (over all that leave the noise in one piece, where it is as long as the
     example; else over the whole clip) and `snr_db`, then the parameters of `chain` under `chain.`.
-    The bank is a buffer and moves with the module.
+    The bank is a buffer, as are the clips' places in it, and moves with the module.
 
     Args:
-        source: clips at the waves' sample rate (`resample` brings them there): (M, T') or a
-            sequence of (T',) floats.
+        source: clips, (M, T') or a sequence of (T',) floats, at the waves' sample rate or at
+            `noise_rate`.
         snr: dB, a number or a range.
         mix: see `add_noise`.
         band_hz: keep only the noise between two edges, (low, high) in Hz; needs `sample_rate`.
-        sample_rate: Hz of the clips.
+        sample_rate: Hz of the waves.
+        noise_rate: Hz of the clips, where it is another: they are resampled, once; needs
+            `sample_rate`.
         chain: augments the noise, each example's by its own draw, before it is mixed in.
         p: probability that an example is touched.
         always: augment in eval mode too.
 
     Raises:
-        InputError: an empty bank or an empty clip, or a band that does not fit.
+        InputError: an empty bank or a clip that is no mono wave, an unknown mix, or a rate or a
+            band that does not fit.
     """
 
     bank: Tensor
+    places: Tensor
 
     def __init__(
         self,
@@ -51,20 +57,27 @@ class RandomNoise(RowEffect):
         mix: Mix = "rms",
         band_hz: tuple[float, float] | None = None,
         sample_rate: float | None = None,
+        noise_rate: float | None = None,
         chain: Augmentation | None = None,
         p: float = 1.0,
         always: bool = False,
     ) -> None:
         super().__init__(p=p, always=always)
-        clips = [as_waves(clip).wave for clip in source]
-        if not clips or any(clip.shape[:2] != (1, 1) for clip in clips):
-            raise InputError("the noise bank is empty or not mono: give (M, T') or (T',) clips")
-        if band_hz is not None:
-            if sample_rate is None:
-                raise InputError("band_hz needs the clips' rate: give sample_rate")
+        check_mix(mix)
+        clips = mono_clips("the noise bank", source)
+        if sample_rate is None and (band_hz is not None or noise_rate is not None):
+            raise InputError("band_hz and noise_rate need the waves' rate: give sample_rate")
+        if sample_rate is not None:
+            check_rate(sample_rate)
+        if sample_rate is not None and noise_rate is not None:
+            check_rate(noise_rate)
+            clips = [resample(clip, sample_rate / noise_rate)[0] for clip in clips]
+        if sample_rate is not None and band_hz is not None:
             clips = [band_pass(clip, sample_rate, *band_hz) for clip in clips]
         self.sizes = torch.tensor([clip.shape[-1] for clip in clips])
         self.firsts = self.sizes.cumsum(0) - self.sizes
+        places = torch.stack([self.firsts, self.sizes])
+        self.register_buffer("places", places, persistent=False)
         self.register_buffer("bank", torch.cat([c[0, 0] for c in clips]), persistent=False)
         self.snr, self.mix = as_range("snr", snr, -200, 200), mix
         self.chain = chain
@@ -85,7 +98,7 @@ class RandomNoise(RowEffect):
     def effect(self, rows: Tensor, lengths: Tensor | None, values: dict[str, Tensor]) -> Tensor:
         """Mix the noise in."""
         clip = values["clip"]
-        if bool((clip >= len(self.sizes)).any()):
+        if found(clip >= len(self.sizes)):
             raise InputError(f"parameters name a clip beyond the bank's {len(self.sizes)}")
         noise = self._cut(values, rows.shape[-1]).to(rows.device)[:, None]
         if self.chain is not None:
@@ -95,13 +108,12 @@ class RandomNoise(RowEffect):
     def _cut(self, values: dict[str, Tensor], time: int) -> Tensor:
         """The noise under each row, (B, T); a clip that ends starts over."""
         clip, offset = values["clip"], values["offset"]
-        first, size = self.firsts[clip], self.sizes[clip]
-        if bool((offset + time <= size).all()):
-            starts = (first + offset).tolist()
+        if not torch.compiler.is_compiling() and bool((offset + time <= self.sizes[clip]).all()):
+            starts = (self.firsts[clip] + offset).tolist()
             return torch.stack([self.bank[start : start + time] for start in starts])
         steps = torch.arange(time, device=self.bank.device)
-        first, size, offset = (v.to(steps.device)[:, None] for v in (first, size, offset))
-        return self.bank[first + (offset + steps) % size]
+        first, size = self.places[:, clip.to(steps.device), None]
+        return self.bank[first + (offset.to(steps.device)[:, None] + steps) % size]
 
 
 class RandomBabble(RandomEffect):

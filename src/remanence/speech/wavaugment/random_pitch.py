@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +11,11 @@ from torch.nn import functional
 
 from remanence.speech.wavaugment.augmentation import RowEffect
 from remanence.speech.wavaugment.draws import Range, as_range, as_whole_range, uniform, whole
+from remanence.speech.wavaugment.graph import declared, home
 from remanence.speech.wavaugment.pitch import pitch_shift, speed, tempo
+from remanence.speech.wavaugment.resampling import check_quality
 from remanence.speech.wavaugment.waves import check_rate
+from remanence.speech.wavaugment.wsola import check_search, sizes
 
 if TYPE_CHECKING:
     from remanence.speech.wavaugment.params import Params
@@ -38,6 +42,9 @@ class RandomPitch(RowEffect):
     ) -> None:
         super().__init__(p=p, always=always)
         check_rate(sample_rate)
+        sizes(sample_rate)  # which refuses a rate that is too low
+        check_quality(quality)
+        check_search(search)
         self.sample_rate, self.quality, self.search = sample_rate, quality, search
         self.cents = as_whole_range("cents", (low, high), -3600, 3600)
 
@@ -53,6 +60,7 @@ class RandomPitch(RowEffect):
             values["cents"].double(),
             quality=self.quality,
             search=self.search,
+            bounds=declared(self.cents),
             lengths=lengths,
         )
 
@@ -60,8 +68,9 @@ class RandomPitch(RowEffect):
 class RandomSpeed(RowEffect):
     """Play faster or slower, pitch and all, by a factor even over a range; `speed`.
 
-    The batch keeps its shape: a faster example ends earlier, at `ends`, with zeros behind it; a
-    slower one is cut at its old end. Draws `factor`.
+    The batch keeps its shape: a faster example ends sooner, at `ends`, with zeros behind it, a
+    slower one later, in the padding behind its length. It is cut where the batch ends: pad by
+    `most_samples` before, and nothing is. Draws `factor`.
     """
 
     changes_ends = True
@@ -75,6 +84,7 @@ class RandomSpeed(RowEffect):
         always: bool = False,
     ) -> None:
         super().__init__(p=p, always=always)
+        check_quality(quality)
         self.factor, self.quality = as_range("factor", factor, 0.1, 10), quality
 
     def draw(self, lengths: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -83,12 +93,22 @@ class RandomSpeed(RowEffect):
 
     def effect(self, rows: Tensor, lengths: Tensor | None, values: dict[str, Tensor]) -> Tensor:
         """Change the speed."""
-        out, _ = speed(rows, values["factor"], quality=self.quality, lengths=lengths)
+        out, _ = speed(
+            rows,
+            values["factor"],
+            quality=self.quality,
+            bounds=declared(self.factor),
+            lengths=lengths,
+        )
         return functional.pad(out, (0, rows.shape[-1] - out.shape[-1]))
 
-    def ends(self, lengths: Tensor, params: Params) -> Tensor:
+    def ends(self, lengths: Tensor, params: Params, time: int) -> Tensor:
         """Ends of the examples after the effect; see `Augmentation.ends`."""
-        return _sooner(lengths, params)
+        return _played(lengths, params, time)
+
+    def most_samples(self, length: int) -> int:
+        """The most samples after the effect; see `Augmentation.most_samples`."""
+        return _slowest(length, self.factor)
 
 
 class RandomTempo(RowEffect):
@@ -110,6 +130,8 @@ class RandomTempo(RowEffect):
     ) -> None:
         super().__init__(p=p, always=always)
         check_rate(sample_rate)
+        sizes(sample_rate)  # which refuses a rate that is too low
+        check_search(search)
         self.sample_rate, self.search = sample_rate, search
         self.factor = as_range("factor", factor, 0.1, 10)
 
@@ -119,16 +141,30 @@ class RandomTempo(RowEffect):
 
     def effect(self, rows: Tensor, lengths: Tensor | None, values: dict[str, Tensor]) -> Tensor:
         """Change the tempo."""
-        factor = values["factor"]
-        out, _ = tempo(rows, self.sample_rate, factor, search=self.search, lengths=lengths)
+        out, _ = tempo(
+            rows,
+            self.sample_rate,
+            values["factor"],
+            search=self.search,
+            bounds=declared(self.factor),
+            lengths=lengths,
+        )
         return functional.pad(out, (0, rows.shape[-1] - out.shape[-1]))
 
-    def ends(self, lengths: Tensor, params: Params) -> Tensor:
+    def ends(self, lengths: Tensor, params: Params, time: int) -> Tensor:
         """Ends of the examples after the effect; see `Augmentation.ends`."""
-        return _sooner(lengths, params)
+        return _played(lengths, params, time)
+
+    def most_samples(self, length: int) -> int:
+        """The most samples after the effect; see `Augmentation.most_samples`."""
+        return _slowest(length, self.factor)
 
 
-def _sooner(lengths: Tensor, params: Params) -> Tensor:
-    values = params.values
-    played = torch.floor(lengths.cpu() / values["factor"].cpu() + 0.5).long().minimum(lengths.cpu())
-    return torch.where(values["apply"].cpu(), played, lengths.cpu())
+def _played(lengths: Tensor, params: Params, time: int) -> Tensor:
+    values, old = params.to(home(lengths.device)).values, lengths.to(home(lengths.device))
+    played = torch.floor(old / values["factor"] + 0.5).long().clamp(max=time)
+    return torch.where(values["apply"], played.maximum(old.clamp(max=1)), old)
+
+
+def _slowest(length: int, factor: tuple[float, float]) -> int:
+    return max(length, math.floor(length / factor[0] + 0.5))

@@ -9,8 +9,9 @@ from torch.nn.utils.rnn import pad_sequence
 from remanence.errors import InputError
 from remanence.speech.wavaugment.augmentation import RowEffect
 from remanence.speech.wavaugment.draws import Range, as_range, as_whole_range, uniform, whole
+from remanence.speech.wavaugment.graph import found
 from remanence.speech.wavaugment.reverb import convolve_room, reverb
-from remanence.speech.wavaugment.waves import as_waves, check_rate
+from remanence.speech.wavaugment.waves import check_rate, mono_clips
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,9 +101,7 @@ class RandomRoom(RowEffect):
         always: bool = False,
     ) -> None:
         super().__init__(p=p, always=always)
-        clips = [as_waves(clip).wave for clip in responses]
-        if not clips or any(clip.shape[:2] != (1, 1) for clip in clips):
-            raise InputError("the bank of responses is empty or not mono: give (M, K) or (K,)")
+        clips = mono_clips("the bank of responses", responses)
         if any(not clip.any() for clip in clips):
             raise InputError("the bank holds a response of only zeros: leave it out")
         bank = pad_sequence([clip[0, 0] for clip in clips], batch_first=True)
@@ -115,7 +114,7 @@ class RandomRoom(RowEffect):
 
     def effect(self, rows: Tensor, lengths: Tensor | None, values: dict[str, Tensor]) -> Tensor:
         """Play the wave in the room."""
-        if bool((values["response"] >= len(self.bank)).any()):
+        if found(values["response"] >= len(self.bank)):
             raise InputError(f"parameters name a response beyond the bank's {len(self.bank)}")
         impulse = self.bank[values["response"].to(self.bank.device)]
         return convolve_room(

@@ -10,7 +10,8 @@ from torch import Tensor
 from remanence.errors import InputError
 from remanence.speech.wavaugment.augmentation import RowEffect
 from remanence.speech.wavaugment.draws import Range, as_range, as_whole_range, below, seeds, whole
-from remanence.speech.wavaugment.pieces import chunk_swap, kept_samples, splice_out
+from remanence.speech.wavaugment.graph import home
+from remanence.speech.wavaugment.pieces import chunk_swap, samples_left, splice_out
 from remanence.speech.wavaugment.row_noise import normal_noise
 from remanence.speech.wavaugment.time_drop import time_drop
 from remanence.speech.wavaugment.waves import check_rate
@@ -73,7 +74,8 @@ class RandomTimeDrop(RowEffect):
 class RandomSpliceOut(RowEffect):
     """Stretches cut out and the gaps closed; `splice_out`. What is left ends sooner, at `ends`.
 
-    Draws what `RandomTimeDrop` draws, and takes its arguments.
+    Draws what `RandomTimeDrop` draws, and takes its arguments. The last sample always stays, so
+    that nothing becomes empty.
     """
 
     changes_ends = True
@@ -92,17 +94,18 @@ class RandomSpliceOut(RowEffect):
 
     def draw(self, lengths: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
         """Draw `durations` and `starts`, int64."""
-        return _stretches(lengths, self.longest, self.count, generator)
+        return _stretches((lengths - 1).clamp(min=0), self.longest, self.count, generator)
 
     def effect(self, rows: Tensor, lengths: Tensor | None, values: dict[str, Tensor]) -> Tensor:
         """Cut the stretches out."""
         return splice_out(rows, values["starts"], values["durations"], lengths=lengths)[0]
 
-    def ends(self, lengths: Tensor, params: Params) -> Tensor:
+    def ends(self, lengths: Tensor, params: Params, time: int) -> Tensor:
         """Ends of the examples after the effect; see `Augmentation.ends`."""
-        values, old = params.to("cpu").values, lengths.cpu()
-        kept = kept_samples(values["starts"], values["durations"], old, int(old.max()))
-        return torch.where(values["apply"], kept.sum(1), old)
+        del time  # nothing grows
+        values, old = params.to(home(lengths.device)).values, lengths.to(home(lengths.device))
+        left = samples_left(values["starts"], values["durations"], old)
+        return torch.where(values["apply"], left, old)
 
 
 class RandomChunkSwap(RowEffect):

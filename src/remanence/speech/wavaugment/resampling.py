@@ -17,14 +17,14 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from scipy.fft import next_fast_len
 from scipy.integrate import cumulative_simpson
 from scipy.special import i0
 from torch import Tensor
 from torch.nn import functional
 
 from remanence.errors import InputError
-from remanence.speech.wavaugment.waves import chunked, fast_length, fits
+from remanence.speech.wavaugment.graph import constant
+from remanence.speech.wavaugment.waves import chunked, fast_length, fits, next_fast
 
 Quality = Literal["high", "quick"]
 CUTOFF = 0.95681386  # 6 dB down, as a share of the lower Nyquist frequency
@@ -32,16 +32,32 @@ HALF_LENGTH = 101.025  # of the sinc, in samples of the lower rate
 BETA = 13.7053  # of the Kaiser window: 132.4 dB
 FRACTION_BITS = 32
 ONE: int = 2**FRACTION_BITS
+OFFSETS = np.linspace(-0.06, 0.06, 8193)  # of the transition's frequencies from the cutoff
+START, SPACING = CUTOFF + float(OFFSETS[0]), float(OFFSETS[1] - OFFSETS[0])
 
 
-def resample_at(wave: Tensor, steps: Tensor, n_out: int, *, quality: Quality = "high") -> Tensor:
+def check_quality(quality: str) -> None:
+    """Raise InputError unless a quality is one of those above."""
+    if quality not in get_args(Quality):
+        raise InputError(f"quality {quality!r} is unknown: give one of {get_args(Quality)}")
+
+
+def resample_at(
+    wave: Tensor,
+    steps: Tensor,
+    n_out: int,
+    *,
+    quality: Quality = "high",
+    widest: float | None = None,
+) -> Tensor:
     """Read each clip every `steps` samples.
 
     Args:
         wave: (B, C, T) float32 or float64; there are zeros before and after.
-        steps: (B,) float64 on the CPU, positive, in input samples per output sample.
+        steps: (B,) float64 at `home`, positive, in input samples per output sample.
         n_out: samples to return; a clip's own end lies at T / step.
         quality: `high` or `quick`, see above. `quick` does not keep high frequencies from aliasing.
+        widest: what no step exceeds; the largest of them where None.
 
     Returns:
         (B, C, n_out). What lies more than a filter's length past a clip's end is undefined.
@@ -49,15 +65,14 @@ def resample_at(wave: Tensor, steps: Tensor, n_out: int, *, quality: Quality = "
     Raises:
         InputError: `quality` is unknown.
     """
-    if quality not in get_args(Quality):
-        raise InputError(f"quality {quality!r} is unknown: give one of {get_args(Quality)}")
+    check_quality(quality)
     if quality == "quick":
         return _cubic(wave, steps, n_out)
     if fits(wave):
         from remanence.speech.wavaugment.interpolation import interpolated  # imports numba
 
         return interpolated(wave, steps, n_out)
-    return _sinc(wave, steps, n_out)
+    return _sinc(wave, steps, n_out, steps.max().item() if widest is None else widest)
 
 
 def _cubic(wave: Tensor, steps: Tensor, n_out: int) -> Tensor:
@@ -79,7 +94,7 @@ def _cubic(wave: Tensor, steps: Tensor, n_out: int) -> Tensor:
     return chunked(batch, channels * n_out, wave.device, interpolated)
 
 
-def _sinc(wave: Tensor, steps: Tensor, n_out: int) -> Tensor:
+def _sinc(wave: Tensor, steps: Tensor, n_out: int, widest: float) -> Tensor:
     """Filter in the frequency domain, then evaluate the Fourier series at n step.
 
     The series sum_k Y_k exp(2 pi i k n step / N) is a chirp z-transform: by Bluestein's identity
@@ -87,11 +102,11 @@ def _sinc(wave: Tensor, steps: Tensor, n_out: int) -> Tensor:
     The filter is 132 dB down wherever its sampling could alias, so this is its sum to rounding.
     """
     channels, n_samples = wave.shape[1:]
-    widest = max(2, math.ceil(steps.max().item()))  # rounded up: clips alike share their shapes
+    widest = max(2, math.ceil(widest))  # rounded up: clips alike share their shapes
     # The series repeats after n_fft samples: the filter must not reach across.
     n_fft = fast_length(n_samples + math.ceil(HALF_LENGTH * widest))
     n_bins = n_fft // 2  # the filter's gain at the Nyquist frequency is nothing
-    n_chirp = next_fast_len(n_bins + n_out - 1)
+    n_chirp = next_fast(n_bins + n_out - 1, real=False)
     step = steps.to(wave.device)[:, None]
 
     def evaluated(part: slice) -> Tensor:
@@ -125,11 +140,15 @@ def _evaluate(wave: Tensor, steps: Tensor, n_out: int, lengths: tuple[int, int, 
 
 def _response(frequency: Tensor) -> Tensor:
     """The filter's gain at frequencies given as shares of the lower Nyquist frequency."""
-    values, start, spacing = transition()
-    at = ((frequency - start) / spacing).clamp(0, len(values) - 2)
+    table = constant(_gains, frequency.device)
+    at = ((frequency - START) / SPACING).clamp(0, len(table) - 2)
     low = at.long()
-    table = values.to(frequency.device)
-    return table[low].lerp(table[low + 1], (at - low).clamp(max=1))
+    gain: Tensor = table[low].lerp(table[low + 1], (at - low).clamp(max=1))
+    return gain
+
+
+def _gains() -> Tensor:
+    return transition()[0]
 
 
 @lru_cache(maxsize=1)
@@ -139,9 +158,8 @@ def transition() -> tuple[Tensor, float, float]:
     A product in time is a convolution in frequency: the ideal step at the cutoff, smoothed by the
     Kaiser window's transform L / I0(beta) 2 sinh(r) / r, r^2 = beta^2 - (pi L f)^2.
     """
-    offset = np.linspace(-0.06, 0.06, 8193)
-    root = np.emath.sqrt(BETA**2 - (math.pi * HALF_LENGTH * offset) ** 2)
+    root = np.emath.sqrt(BETA**2 - (math.pi * HALF_LENGTH * OFFSETS) ** 2)
     window = HALF_LENGTH / i0(BETA) * (np.sinh(root) / root).real
-    passed = cumulative_simpson(window, x=offset, initial=0)
+    passed = cumulative_simpson(window, x=OFFSETS, initial=0)
     gain = 1 - passed / passed[-1]
-    return torch.from_numpy(gain), CUTOFF + offset[0], offset[1] - offset[0]
+    return torch.from_numpy(gain), START, SPACING

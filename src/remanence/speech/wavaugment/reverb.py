@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from remanence.errors import InputError
+from remanence.speech.wavaugment.graph import constant, found
 from remanence.speech.wavaugment.waves import (
     as_waves,
     check_rate,
@@ -122,6 +123,10 @@ class Loops(NamedTuple):
     gains: Tensor  # (B,) float64
 
 
+def _lengths() -> Tensor:
+    return torch.tensor(COMB_LENGTHS + ALLPASS_LENGTHS)
+
+
 def _loops(settings: Tensor, sample_rate: float) -> Loops:
     reverberance, damping, room, depth, pre_delay_ms, wet_db = settings
     # Feedback: 0.3 at reverberance 0, 0.98 at 100, evenly in log(1 - fb).
@@ -130,10 +135,10 @@ def _loops(settings: Tensor, sample_rate: float) -> Loops:
     rate = sample_rate / 44100
     # The right ear's filters are longer and shorter in turn, from the first comb to the last
     # all-pass; the left ear's are as they stand.
-    turns = torch.tensor([1.0, -1.0], device=settings.device).double().repeat(6)
+    turns = 1.0 - 2 * (torch.arange(12, device=settings.device) % 2).double()
     spread = STEREO_SPREAD * depth[:, None, None] / 100 * turns  # (B, 1, 12)
     spread = torch.cat([torch.zeros_like(spread), spread], 1)  # (B, 2, 12)
-    lengths = spread + torch.tensor(COMB_LENGTHS + ALLPASS_LENGTHS, device=settings.device)
+    lengths = spread + constant(_lengths, settings.device)
     scale = (0.9 * room / 100 + 0.1)[:, None, None]
     return Loops(
         (scale * rate * lengths[..., :8] + 0.5).long(),
@@ -232,6 +237,8 @@ def convolve_room(
     """
     waves = as_waves(wave, lengths)
     batch = len(waves.wave)
+    if not isinstance(impulse, Tensor):
+        raise InputError(f"impulse is {type(impulse).__name__}: give a tensor")
     if not impulse.is_floating_point() or not impulse.numel() or impulse.ndim not in (1, 2):
         raise InputError(
             f"impulse is {impulse.dtype} {tuple(impulse.shape)}: give floats (K,) or (B, K)"
@@ -240,7 +247,7 @@ def convolve_room(
     if len(taps) not in (1, batch):
         raise InputError(f"impulse has {len(taps)} rows: give one, or one for each of {batch}")
     norm = taps.norm(dim=1, keepdim=True)
-    if not bool(((norm > 0) & norm.isfinite()).all()):
+    if found(~((norm > 0) & norm.isfinite())):
         raise InputError("impulse holds NaN, infinity or only zeros: give a measured response")
     if unit_energy:
         taps = taps / norm

@@ -3,44 +3,52 @@
 What differs: `pitch` resamples at once and keeps the length, so that a `rate` after it only sets
 the quality; silence never gives NaN; `time_dropout` draws from a generator; samples are not cut off
 at full scale; extremes, levels and ratios are in float; noise that is too short starts over; the
-wave given is never written to; of sox's effects there are those below.
+wave given is never written to; of sox's effects there are those in `EffectChain.KNOWN_EFFECTS`, and
+each of the others is refused with the way round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+import difflib
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
-import torch
-from torch import Tensor
 from torch.nn import functional
 
 from remanence.errors import InputError
-from remanence.speech.wavaugment.band_reject import band_reject
-from remanence.speech.wavaugment.clip import clip
-from remanence.speech.wavaugment.levels import gain, normalise_peak, to_channels
-from remanence.speech.wavaugment.noise import add_noise
-from remanence.speech.wavaugment.pitch import pitch_shift, resample, speed, tempo
-from remanence.speech.wavaugment.reverb import reverb
-from remanence.speech.wavaugment.time_drop import time_drop
+from remanence.speech.wavaugment import shim_effects
+from remanence.speech.wavaugment.waves import as_waves, check_generator, check_rate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+    from torch import Tensor
+
     from remanence.speech.wavaugment.resampling import Quality
-    from remanence.speech.wavaugment.wsola import Search
+    from remanence.speech.wavaugment.shim_effects import Value
 
-# What sox takes, or what returns it, or a list of it, at each application.
-Plain = float | str
-Value = Plain | Callable[[], Plain | list[Plain]]
-
-
-@dataclass
-class _Clip:
-    """The wave (C, T) between two effects."""
-
-    wave: Tensor
-    rate: int
-    target: Mapping[str, float]
+# sox's other effects, by the way round.
+INSTEAD = {
+    "torchaudio.functional has {0}_biquad": (
+        "allpass band bandpass bass deemph equalizer highpass lowpass riaa treble"
+    ),
+    "torchaudio.functional has {0}": "contrast dcshift flanger overdrive phaser vad",
+    "use gain(20 * log10(factor))": "vol",
+    "slice the wave, as in wave[:, begin:end]": "trim",
+    "use torch.nn.functional.pad": "pad",
+    "use channels(1) to mix, wave[[0]] to choose": "remix",
+    "use wave[[1, 0]]": "swap",
+    "use wave.flip(-1)": "reverse",
+    "use wave.repeat(1, times)": "repeat",
+    "multiply the wave by a ramp": "fade",
+    "use tempo": "stretch",
+    "use rate": "upsample downsample",
+    "run the sox program on the file": (
+        "bend biquad chorus compand delay divide earwax echo echos fir firfit hilbert loudness"
+        " mcompand noiseprof noisered oops silence spectrogram splice stat stats synth tremolo"
+    ),
+}
 
 
 class EffectChain:
@@ -51,26 +59,65 @@ class EffectChain:
         chain = EffectChain().pitch("-q", draw).rate("-q", 16000).reverb(50, 50, room).channels(1)
         y = chain.apply(x, src_info={"rate": 16000})
 
+    A chain can be pickled, as a loader's workers may need, where its functions can: `def draw()` in
+    a module, not a lambda.
+
     Args:
-        generator: for `time_dropout`, on the CPU; torch's own where None.
+        in_place: what is returned may share the memory of the wave given, where no effect changed
+            it. That wave is never written to, other than with WavAugment.
+        generator: for `time_dropout`, on the CPU; torch's own where None, which a loader seeds
+            anew in each of its workers.
+
+    Raises:
+        InputError: `in_place` is no bool, or the generator none or not on the CPU.
     """
 
-    def __init__(self, generator: torch.Generator | None = None) -> None:
+    KNOWN_EFFECTS: ClassVar[frozenset[str]] = frozenset(
+        {
+            "additive_noise",
+            "bandreject",
+            "channels",
+            "clip",
+            "dither",
+            "gain",
+            "norm",
+            "pitch",
+            "rate",
+            "reverb",
+            "sinc",
+            "speed",
+            "tempo",
+            "time_dropout",
+        }
+    )
+
+    def __init__(
+        self,
+        in_place: bool = False,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not isinstance(in_place, bool):
+            raise InputError(f"in_place is {in_place!r}: give True or False, generators by name")
+        check_generator(generator)
+        self.in_place = in_place
         self._generator = generator
-        self._effects: list[Callable[[_Clip], Tensor]] = []
-        self._qualities: dict[int, Quality] = {}
+        self._effects: list[partial[Tensor]] = []
 
     def __len__(self) -> int:
         return len(self._effects)
 
     def __getattr__(self, name: str) -> NoReturn:
-        known = [k for k, v in vars(EffectChain).items() if callable(v) and not k.startswith("_")]
-        raise AttributeError(f"EffectChain has no {name!r}: use one of {', '.join(sorted(known))}")
+        for way, names in INSTEAD.items():
+            if name in names.split():
+                raise AttributeError(f"sox's {name!r} is not among ours: {way.format(name)}")
+        near = difflib.get_close_matches(name, self.KNOWN_EFFECTS, n=1)
+        known = f"one of {', '.join(sorted(self.KNOWN_EFFECTS))}"
+        raise AttributeError(f"EffectChain has no {name!r}: use {near[0] if near else known}")
 
     def clear(self) -> None:
         """Forget all effects."""
         self._effects.clear()
-        self._qualities.clear()
 
     def apply(
         self,
@@ -90,18 +137,22 @@ class EffectChain:
             (C, T), as the effects leave it.
 
         Raises:
-            InputError: no rate, more than one clip, or an effect's arguments are wrong.
+            InputError: no rate, no wave or more than one, or an effect's arguments are wrong.
         """
         if "rate" not in src_info:
             raise InputError("src_info holds no 'rate': give the wave's samples a second")
-        if wave.ndim not in (1, 2):
+        rows = as_waves(wave).wave
+        if wave.ndim > 2:
             raise InputError(f"wave has shape {tuple(wave.shape)}: give one clip, (C, T)")
         length = int(src_info.get("length", wave.shape[-1]))
         if not 0 < length <= wave.shape[-1]:
             raise InputError(f"src_info's length {length} is not within the wave: leave it out")
+        check_rate(src_info["rate"])
         rate = int(src_info["rate"])
         target = {"rate": rate, "channels": 1, **(target_info or {})}
-        held = _Clip(wave.reshape(-1, wave.shape[-1])[:, :length], rate, target)
+        held = shim_effects.Clip(rows[0, :, :length], rate, target)
+        if not self.in_place:
+            held.wave = held.wave.clone()
         for effect in self._effects:
             held.wave = effect(held)
         wanted = int(target.get("length", 0))
@@ -109,120 +160,55 @@ class EffectChain:
 
     def pitch(self, *arguments: Value) -> EffectChain:
         """`[-q] cents`."""
-        place = len(self._effects)
-
-        def effect(held: _Clip) -> Tensor:
-            words, (cents,) = _read("pitch", arguments, ("-q",), 1, 1)
-            quality = self._qualities.get(place, "high")
-            return pitch_shift(held.wave, held.rate, cents, quality=quality, search=_search(words))
-
-        return self._then(effect)
+        return self._then(shim_effects.pitch, arguments=arguments)
 
     def tempo(self, *arguments: Value) -> EffectChain:
         """`[-q] factor`; changes the length."""
-
-        def effect(held: _Clip) -> Tensor:
-            words, (factor,) = _read("tempo", arguments, ("-q", "-s"), 1, 1)
-            return tempo(held.wave, held.rate, factor, search=_search(words))[0]
-
-        return self._then(effect)
+        return self._then(shim_effects.tempo, arguments=arguments)
 
     def speed(self, *arguments: Value) -> EffectChain:
         """`factor`; changes the length."""
-
-        def effect(held: _Clip) -> Tensor:
-            return speed(held.wave, _read("speed", arguments, (), 1, 1)[1][0])[0]
-
-        return self._then(effect)
+        return self._then(shim_effects.speed, arguments=arguments)
 
     def rate(self, *arguments: Value) -> EffectChain:
-        """`[-q] [rate]`: the target's where none is given."""
+        """`[-q | -h] [rate]`, quick or high: the target's rate where none is given."""
         quality: Quality = "quick" if "-q" in arguments else "high"
-        self._qualities[len(self._effects) - 1] = quality
-
-        def effect(held: _Clip) -> Tensor:
-            _, numbers = _read("rate", arguments, ("-q", "-l", "-m", "-h", "-v"), 0, 1)
-            old, held.rate = held.rate, int(numbers[0] if numbers else held.target["rate"])
-            if old == held.rate:
-                return held.wave
-            return resample(held.wave, held.rate / old, quality)[0]
-
-        return self._then(effect)
+        if self._effects and self._effects[-1].func is shim_effects.pitch:
+            self._effects[-1] = partial(self._effects[-1], quality=quality)
+        return self._then(shim_effects.rate, arguments=arguments, quality=quality)
 
     def reverb(self, *arguments: Value) -> EffectChain:
         """`[-w] [reverberance damping room depth delay gain]`; makes one channel two."""
-
-        def effect(held: _Clip) -> Tensor:
-            words, numbers = _read("reverb", arguments, ("-w", "--wet-only"), 0, 6)
-            defaults = (50.0, 50.0, 100.0, 100.0, 0.0, 0.0)
-            reverberance, damping, room, depth, delay, wet = (*numbers, *defaults[len(numbers) :])
-            return reverb(
-                held.wave,
-                held.rate,
-                reverberance=reverberance,
-                damping=damping,
-                room=room,
-                stereo_depth=depth,
-                pre_delay_ms=delay,
-                wet_db=wet,
-                wet_only=bool(words),
-                mixdown=False,
-            )
-
-        return self._then(effect)
+        return self._then(shim_effects.reverb, arguments=arguments)
 
     def channels(self, *arguments: Value) -> EffectChain:
         """`[count]`: the target's where none is given, else one."""
-
-        def effect(held: _Clip) -> Tensor:
-            _, numbers = _read("channels", arguments, (), 0, 1)
-            count = numbers[0] if numbers else held.target["channels"]
-            return to_channels(held.wave, int(count))
-
-        return self._then(effect)
+        return self._then(shim_effects.channels, arguments=arguments)
 
     def sinc(self, *arguments: Value) -> EffectChain:
-        """`[-a attenuation] high-low`: rejects the band, high first."""
+        """`[-a attenuation] edge-edge`, Hz: rejects the band high first, passes it low first."""
+        return self._then(shim_effects.sinc, arguments=arguments)
 
-        def effect(held: _Clip) -> Tensor:
-            given = [str(value) for value in _drawn(arguments)]
-            decibels = 120.0
-            if len(given) == 3 and given[0] == "-a":
-                decibels = _number("sinc", given[1])
-                given = given[2:]
-            edges = given[0].split("-") if len(given) == 1 else []
-            if len(edges) != 2:
-                raise InputError(f"sinc {given} is not understood: give '-a', '120', 'high-low'")
-            high, low = (_number("sinc", edge) for edge in edges)
-            return band_reject(held.wave, held.rate, low, high, attenuation=decibels)
-
-        return self._then(effect)
+    def bandreject(self, *arguments: Value) -> EffectChain:
+        """`frequency width`, Hz: a notch of two poles."""
+        return self._then(shim_effects.bandreject, arguments=arguments)
 
     def gain(self, *arguments: Value) -> EffectChain:
         """`dB`."""
-        return self._then(lambda held: gain(held.wave, _read("gain", arguments, (), 1, 1)[1][0]))
+        return self._then(shim_effects.gain, arguments=arguments)
 
     def norm(self, *arguments: Value) -> EffectChain:
         """`[dB]`: the peak's level."""
-
-        def effect(held: _Clip) -> Tensor:
-            return normalise_peak(held.wave, *_read("norm", arguments, (), 0, 1)[1])
-
-        return self._then(effect)
+        return self._then(shim_effects.norm, arguments=arguments)
 
     def dither(self, *arguments: Value) -> EffectChain:
         """Nothing: sox dithers only where the precision falls, and floats keep theirs."""
         del arguments
-        return self
+        return self._then(shim_effects.unchanged)
 
     def additive_noise(self, noise_generator: Callable[[], Tensor], snr: float) -> EffectChain:
         """Mix as WavAugment does, with `snr` in its own sense; see `add_noise`."""
-
-        def effect(held: _Clip) -> Tensor:
-            noise = noise_generator().to(held.wave)
-            return add_noise(held.wave, noise, snr, mix="wavaugment")
-
-        return self._then(effect)
+        return self._then(shim_effects.additive_noise, noise_generator=noise_generator, snr=snr)
 
     def time_dropout(
         self, max_frames: int | None = None, max_seconds: float | None = None
@@ -230,54 +216,17 @@ class EffectChain:
         """Silence up to so many samples, or seconds, somewhere."""
         if (max_frames is None) == (max_seconds is None):
             raise InputError("time_dropout takes either max_frames or max_seconds: give one")
-
-        def effect(held: _Clip) -> Tensor:
-            longest = max_frames or int(held.rate * (max_seconds or 0))
-            time = held.wave.shape[-1]
-            first, second = torch.rand(2, dtype=torch.float64, generator=self._generator).tolist()
-            duration = min(int(first * longest), time)
-            return time_drop(held.wave, int(second * (time - duration + 1)), duration)
-
-        return self._then(effect)
+        return self._then(
+            shim_effects.time_dropout,
+            max_frames=max_frames,
+            max_seconds=max_seconds,
+            generator=self._generator,
+        )
 
     def clip(self, clamp_factor: float | Callable[[], float]) -> EffectChain:
         """Cut off at a share of the extremes."""
-        return self._then(
-            lambda held: clip(held.wave, clamp_factor() if callable(clamp_factor) else clamp_factor)
-        )
+        return self._then(shim_effects.clip, clamp_factor=clamp_factor)
 
-    def _then(self, effect: Callable[[_Clip], Tensor]) -> EffectChain:
-        self._effects.append(effect)
+    def _then(self, effect: Callable[..., Tensor], **settings: object) -> EffectChain:
+        self._effects.append(partial(effect, **settings))
         return self
-
-
-def _search(words: list[str]) -> Search:
-    return "quick" if "-q" in words else "full"
-
-
-def _number(effect: str, value: float | str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{effect} takes numbers and not {value!r}") from None
-
-
-def _drawn(arguments: tuple[Value, ...]) -> list[Plain]:
-    """The arguments, drawn where they are functions."""
-    given: list[Plain] = []
-    for argument in arguments:
-        value = argument() if callable(argument) else argument
-        given.extend(value if isinstance(value, list) else [value])
-    return given
-
-
-def _read(
-    effect: str, arguments: tuple[Value, ...], known: tuple[str, ...], least: int, most: int
-) -> tuple[list[str], list[float]]:
-    """The words and the numbers among an effect's arguments."""
-    given = _drawn(arguments)
-    words = [value for value in given if isinstance(value, str) and value in known]
-    numbers = [_number(effect, value) for value in given if value not in known]
-    if not least <= len(numbers) <= most:
-        raise InputError(f"{effect} takes {least} to {most} numbers and was given {len(numbers)}")
-    return words, numbers

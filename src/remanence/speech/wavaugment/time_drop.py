@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from remanence.errors import InputError
+from remanence.speech.wavaugment.graph import found
 from remanence.speech.wavaugment.waves import as_waves
 
 
@@ -81,11 +82,6 @@ def whole_samples(name: str, value: Tensor | int, batch: int) -> Tensor:
     if whole.ndim < 2:
         whole = whole.reshape(-1, 1)
         whole = whole.expand(batch, 1) if len(whole) == 1 else whole
-    if (
-        whole.is_floating_point()
-        or whole.ndim != 2
-        or len(whole) != batch
-        or bool((whole < 0).any())
-    ):
+    if whole.is_floating_point() or whole.ndim != 2 or len(whole) != batch or found(whole < 0):
         raise InputError(f"{name} must be whole samples, 0 or more, ({batch},) or ({batch}, K)")
     return whole.long()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
 from torch.nn import functional
 
 from remanence.errors import InputError
+from remanence.speech.wavaugment.graph import found, numbers
 from remanence.speech.wavaugment.trust import trusted
 
 if TYPE_CHECKING:
@@ -63,8 +67,10 @@ def as_waves(wave: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Wav
         The batch (B, C, T).
 
     Raises:
-        InputError: another dtype or shape, NaN or infinity, lengths that do not fit.
+        InputError: no tensor, another dtype or shape, NaN or infinity, lengths that do not fit.
     """
+    if not isinstance(wave, Tensor):
+        raise InputError(f"wave is {type(wave).__name__}: give a tensor, as torch.as_tensor makes")
     if not wave.is_floating_point():
         raise InputError(
             f"wave holds {wave.dtype}: give floats, full scale 1 (16-bit samples divided by 32768)"
@@ -79,7 +85,8 @@ def as_waves(wave: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Wav
             "(B, 1, T), wave.unsqueeze(1), and many channels as (1, C, T)"
         )
     rows = wave.reshape(-1, *wave.shape[-2:]) if wave.ndim > 1 else wave.reshape(1, 1, -1)
-    batch, time = rows.shape[0], rows.shape[-1]
+    # Plain numbers, where torch.compile would put symbols: sizes inside hang on them.
+    batch, time = operator.index(rows.shape[0]), operator.index(rows.shape[-1])
     whole = torch.full((batch,), time, device=wave.device)
     ends = whole if lengths is None else _checked_lengths(lengths, batch, time).to(wave.device)
     waves = Waves(rows, ends, tuple(wave.shape), lengths is not None)
@@ -90,11 +97,39 @@ def as_waves(wave: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Wav
     return waves
 
 
+def mono_clips(name: str, source: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Check a bank of mono clips.
+
+    Args:
+        name: of the bank, for errors.
+        source: (M, T') or a sequence of (T',) floats.
+
+    Returns:
+        The clips, (1, 1, T') each.
+
+    Raises:
+        InputError: no clip, or one that is no mono wave.
+    """
+    wrong = InputError(f"{name} is empty or not mono: give (M, T'), or a list of (T',) clips")
+    if isinstance(source, Tensor) and source.ndim < 2:
+        raise wrong
+    clips = []
+    for place, clip in enumerate(source):
+        try:
+            clips.append(as_waves(clip).wave)
+        except InputError as error:
+            raise InputError(f"{name}, clip {place}: {error}") from error
+    if not clips or any(clip.shape[:2] != (1, 1) for clip in clips):
+        raise wrong
+    return clips
+
+
 def _finite(wave: Tensor) -> bool:
     """Whether all samples are numbers."""
     # A sum is finite only if all are, unless it overflows: a hundred times as quick to ask. NumPy's
     # leaves no thread of torch's spinning, which would be in the way of those of the kernels.
-    total = wave.detach().numpy().sum() if fits(wave) else wave.sum()
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = wave.detach().numpy().sum() if fits(wave) else wave.detach().sum()
     return math.isfinite(total) or bool(wave.isfinite().all())
 
 
@@ -104,7 +139,7 @@ def _checked_lengths(lengths: Tensor | Sequence[int], batch: int, time: int) -> 
         raise InputError(
             f"lengths are {ends.dtype} of shape {tuple(ends.shape)}: give {batch} integers"
         )
-    if bool((ends < 0).any()) or bool((ends > time).any()):
+    if found((ends < 0) | (ends > time)):
         raise InputError(f"lengths lie outside 0..{time}: give each row's number of valid samples")
     return ends.long()
 
@@ -134,21 +169,29 @@ def per_example(
     Raises:
         InputError: a wrong number of values, or one that is not finite or out of range.
     """
-    values = torch.as_tensor(value, dtype=torch.float64)
+    values = numbers(value, device, torch.float64)
     if values.ndim and values.shape != (batch,):
         raise InputError(
             f"{name} has shape {tuple(values.shape)}: give one number, or one for each of the"
             f" {batch} examples"
         )
-    if not bool((values.isfinite() & (values >= low) & (values <= high)).all()):
+    if found(~(values.isfinite() & (values >= low) & (values <= high))):
         raise InputError(f"{name} lies outside {low:g}..{high:g}: give finite values within")
     return values.to(device).expand(batch)
 
 
 def check_rate(sample_rate: float) -> None:
     """Raise InputError unless a sample rate is a positive number."""
-    if not 0 < sample_rate < float("inf"):
-        raise InputError(f"sample_rate {sample_rate} is not a rate: give samples a second")
+    if not isinstance(sample_rate, Real) or not 0 < sample_rate < float("inf"):
+        raise InputError(f"sample_rate {sample_rate!r} is not a rate: give samples a second")
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Raise InputError unless a generator is None or one on the CPU."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(f"generator is {generator!r}: give torch.Generator().manual_seed(0)")
+    if generator is not None and generator.device.type != "cpu":
+        raise InputError(f"generator is on {generator.device}: give one on the CPU")
 
 
 def fits(wave: Tensor) -> bool:
@@ -164,13 +207,26 @@ def fits(wave: Tensor) -> bool:
 
 def fast_length(time: int) -> int:
     """The least length from `time` on whose FFT is fast; even."""
-    length = int(next_fast_len(time, real=True))
+    length = next_fast(time, real=True)
     return length if length % 2 == 0 else fast_length(length + 1)
+
+
+def next_fast(time: int, *, real: bool) -> int:
+    """The least length from `time` on whose FFT is fast, of real or complex numbers."""
+    length: int = _next_fast(operator.index(time), real)
+    return length
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
+def _next_fast(time: int, real: bool) -> int:
+    return int(next_fast_len(time, real=real))
 
 
 def in_chunks(rows: int, values_a_row: int, device: torch.device) -> list[slice]:
     """Slices over `rows` that bound a chunk's values on `device`, at least one row each."""
-    step = max(1, CHUNK_VALUES.get(device.type, CHUNK_VALUES["cpu"]) // max(values_a_row, 1))
+    # A compiled graph holds each chunk's code: few and large ones.
+    kind = "cuda" if torch.compiler.is_compiling() else device.type
+    step = max(1, CHUNK_VALUES.get(kind, CHUNK_VALUES["cpu"]) // max(values_a_row, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -204,7 +260,7 @@ def fir(wave: Tensor, taps: Tensor, delay: Tensor | int) -> Tensor:
     span = (blocks - 1) * hop + length
     padded = functional.pad(wave, (n_taps - 1, span - time))
     fixed = isinstance(delay, int)
-    delays = torch.as_tensor(delay, device=wave.device).expand(batch)
+    delays = numbers(delay, wave.device).to(wave.device).expand(batch)
     steps = torch.arange(span, device=wave.device)
 
     def filtered(part: slice) -> Tensor:

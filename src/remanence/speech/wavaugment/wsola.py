@@ -13,11 +13,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
-from scipy.fft import next_fast_len
 from torch.nn import functional
 
 from remanence.errors import InputError
-from remanence.speech.wavaugment.waves import fits
+from remanence.speech.wavaugment.waves import fits, next_fast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,9 +49,13 @@ def sizes(sample_rate: int) -> Sizes:
     segment = int(sample_rate * 82 / 1000 + 0.5)
     search = int(sample_rate * (82 / 5.587) / 1000 + 0.5)
     overlap = int(max(sample_rate * (82 / 6.833) / 1000 + 4.5, 16)) // 8 * 8
-    if 2 * overlap > segment:
-        overlap -= 8
     return Sizes(segment, search, overlap, segment - overlap)
+
+
+def check_search(search: str) -> None:
+    """Raise InputError unless a search is one that `stretch` knows."""
+    if search not in get_args(Search):
+        raise InputError(f"search {search!r} is unknown: give one of {get_args(Search)}")
 
 
 def stretch(
@@ -69,7 +72,7 @@ def stretch(
     Args:
         wave: (B, C, T) float32 or float64. Channels share their splices.
         sample_rate: in Hz.
-        factors: (B,) float64 on the CPU, positive; above 1 shortens.
+        factors: (B,) float64 at `home`, positive; above 1 shortens.
         n_out: samples to return; a clip's own end lies at floor(T / f + 1/2).
         search: `full` tries every offset, `quick` about 30 of them, as `sox tempo -q`.
         exact: sum squared differences one by one in torch, where it would be done through a
@@ -82,14 +85,13 @@ def stretch(
     Raises:
         InputError: the rate is too low or `search` is unknown.
     """
-    if search not in get_args(Search):
-        raise InputError(f"search {search!r} is unknown: give one of {get_args(Search)}")
+    check_search(search)
     size = sizes(sample_rate)
     batch, channels, n_samples = wave.shape
     n_segments = max(1, -(-n_out // size.hop))
     lead = size.search // 2
     # From lead + n_samples on there are only zeros: later segments may all read there.
-    steps = torch.arange(n_segments, dtype=torch.float64) * size.hop
+    steps = torch.arange(n_segments, dtype=torch.float64, device=factors.device) * size.hop
     reads = torch.floor(factors[:, None] * steps + 0.5).clamp(max=lead + n_samples)  # (B, S)
     padded = functional.pad(wave, (lead, lead + size.segment + size.search))
     reads = reads.long().to(wave.device)
@@ -123,7 +125,7 @@ def _starts(padded: Tensor, reads: Tensor, size: Sizes, search: Search, *, exact
     tails = padded.unfold(2, size.overlap, 1)  # a view: every stretch of `overlap` samples
     windows = padded.unfold(2, span, 1)[rows[:, None], :, reads].double()  # (B, S, C, span)
     if not exact:
-        n_fft = next_fast_len(span, real=True)
+        n_fft = next_fast(span, real=True)
         energy = _sliding_energy(windows, size.overlap)  # (B, S, search)
         spectra = torch.fft.rfft(windows, n_fft)
 
@@ -159,8 +161,8 @@ def _quick_minimum(scores: Tensor, tie: Tensor) -> Tensor:
     best = scores.new_full((len(scores), 1), (n_offsets + 1) // 2, dtype=torch.long)
     for step in (64, 16, 4, 1):
         reach = n_offsets // step if step == 64 else 3
-        moves = [0, *(-m for m in range(1, reach + 1)), *range(1, reach + 1)]
-        tried = best + step * torch.tensor(moves, device=scores.device)
+        turns = torch.arange(2 * reach + 1, device=scores.device)
+        tried = best + step * torch.where(turns <= reach, -turns, turns - reach)
         inside = (tried >= 0) & (tried < n_offsets)
         found = scores.gather(1, tried.clamp(0, n_offsets - 1)).where(inside, torch.inf)
         best = tried.gather(1, _first_minimum(found, tie)[:, None])
