@@ -56,7 +56,8 @@ class Course:
 
 def words(data: Path, takes: int) -> Course:
     """Open spoken digits as MFCC, each a whole word."""
-    from remanence.kit.audio import list_recordings, mfcc, read_audio
+    from remanence.kit.audio import mfcc, read_audio
+    from remanence.kit.recordings import list_recordings
 
     features = {}
     for recording in list_recordings(data / "spoken_digits" / "recordings"):

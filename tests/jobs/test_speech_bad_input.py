@@ -65,6 +65,9 @@ def place(tmp_path_factory):
                     x = {"flat": x[:, 0], "whole": (x > 0).astype("i4")}.get(kind, x)
                     x = x[..., : 3 if kind == "wide" and take else 20]
                     np.save(root / "features" / kind / f"{phone}_{speaker}_{take}.npy", x)
+    (root / "features" / "mixed").mkdir()
+    np.savez(root / "features/mixed/a_ann_0", features=np.ones((4, 2)), times=np.arange(4.0))
+    np.save(root / "features/mixed/b_ann_0", np.ones((4, 2)))
     rows = [(f"{p}_{s}_{t}", p, s) for s in ("ann", "bob") for p in "ab" for t in range(2)]
     for name, onset, offset, others in (
         ("good", 0, 0.2, []),
@@ -72,8 +75,11 @@ def place(tmp_path_factory):
         ("backward", 0.1, 0.05, []),
         ("missing", 0, 0.2, [("zz", "a", "ann")]),
         ("alone", 0, 0.2, None),
+        ("apart", 0, 0.2, []),
+        ("brief", 0, 0.004, []),
     ):
-        lines = [f"{file} {onset} {offset} {phone} x y {'ann' if others is None else speaker}"
+        lines = [f"{file} {onset} {offset} {phone} {file if name == 'apart' else 'x'} y "
+                 f"{'ann' if others is None else speaker}"
                  for file, phone, speaker in [*rows, *(others or [])]]  # fmt: skip
         (root / f"{name}.item").write_text("\n".join(["#header", *lines]) + "\n")
     (root / "one.txt").write_text("".join(f"{file} {'a ' * 20}\n" for file, _, _ in rows))
@@ -128,12 +134,12 @@ def test_broken_recordings_are_named(reader, capsys):
     ("chain", "words"),
     [
         ("pitch,revreb", "column 7: 'revreb' is no effect"),
-        ("pitch,reverb[room=0:101]", "column 7: reverb: room (0.0, 101.0) lies outside 0..100"),
+        ("pitch,reverb[room=0:101]", "column 19: reverb: room 0:101 lies outside 0..100"),
         ("pitch[-300:300", "column 6: this bracket is never closed"),
         ("pitch]", "column 6: this bracket closes nothing"),
         ("pitch[1]]", "column 9: this bracket closes nothing"),
         ("pitch,,clip", "column 7: an effect must stand here"),
-        ("drop[nan]", "column 1: drop: max_ms nan"),
+        ("drop[nan]", "column 6: drop: ms nan"),
         ("clip[x]", "column 6: 'x' is no number"),
         ("noise", "say where it lies with --noise"),
         ("", "column 1: an effect must stand here"),
@@ -153,7 +159,7 @@ def test_a_wrong_chain_is_pointed_at_before_anything_is_read(command, chain, wor
         ("cpc good --names (?P<speaker> --out out", "is no regular expression"),
         ("cpc good --names s --out out", "no named group"),
         ("probe features/ok --names (?P<speaker>.) --out out", "(?P<phone>...)"),
-        ("abx features/ok --names (?P<phone>z) --out out", "does not match"),
+        ("abx features/ok --names (?P<phone>z) --out out", "no name matches"),
         ("augment good --chain reverb --out there", "there: already exists"),
         ("cpc good --out there", "there: already exists"),
         ("extract good --model mfcc --out there", "there: already exists"),
@@ -168,20 +174,24 @@ def test_a_wrong_chain_is_pointed_at_before_anything_is_read(command, chain, wor
         (f"abx features/nan --names {NAMES} --out out", "hold NaN or infinity"),
         (f"abx features/flat --names {NAMES} --out out", "have shape (20,)"),
         (f"abx features/wide --names {NAMES} --out out", "use one encoder for all"),
-        (f"abx features/whole --names {NAMES} --out out", "give floats, or use distance"),
+        (f"abx features/mixed --names {NAMES} --out out", "holds times and b_ann_0.npy none"),
+        (f"probe features/mixed --names {NAMES} --out out", "holds times and b_ann_0.npy none"),
+        (f"abx features/whole --names {NAMES} --out out", "floats, or use --distance identical"),
         (f"abx features/ok --names {NAMES} --distance kl --out out", "are no probabilities"),
         ("abx features/none --items good.item --out out", "no such folder of features"),
         ("abx features/ok --items nowhere.item --out out", "nowhere.item cannot be read"),
-        ("abx features/ok --items outside.item --out out", "lies outside its 20 frames"),
+        ("abx features/ok --items outside.item --out out", "frames: check --frame-rate and item"),
         ("abx features/ok --items backward.item --out out", "ends before it begins"),
         ("abx features/ok --items missing.item --out out", "no features of 'zz'"),
-        ("abx features/ok --items alone.item --speaker across --out out", "with one speaker"),
+        ("abx features/ok --items alone.item --speaker across --out out", "--speaker within alone"),
+        ("abx features/ok --items apart.item --out out", "or take --context any"),
+        ("abx features/ok --items brief.item --drop-empty --out out", "check --frame-rate against"),
         ("abx features/ok --items good.item --frame-rate nan --out out", "--frame-rate nan"),
         (f"probe features/nan --names {NAMES} --out out", "hold NaN or infinity"),
         (f"probe features/flat --names {NAMES} --out out", "have shape (20,)"),
         (f"probe features/whole --names {NAMES} --out out", "are integers"),
         ("probe features/ok --labels one.txt --out out", "labels name 1 class"),
-        ("probe features/ok --labels outside.item --out out", "lies outside its 20 frames"),
+        ("probe features/ok --labels outside.item --out out", "check --frame-rate and item"),
         (f"probe features/ok --names {NAMES} --test-names zzz --out out", "takes 0 of 8"),
     ],
 )
@@ -211,7 +221,7 @@ CLIPPED, SILENT = "at full scale", "1 silent recording"
     [
         ("augment --chain reverb --device cpu", "stereo", f"{STEREO} all kept"),
         ("augment --chain reverb --sample-rate 8000", "fast", FAST),
-        ("augment --chain reverb", "clipped", f"1 of 3 recordings {CLIPPED} already"),
+        ("augment --chain reverb", "clipped", f"1 of 3 recordings was {CLIPPED} already"),
         ("augment --chain reverb", "silent", SILENT),
         ("augment --chain noise --noise short", "good", "starts over in 6 outputs"),
         ("augment --chain noise --noise hiss", "good", "1 recording of 11,025 Hz is resampled to"),

@@ -11,8 +11,10 @@ import soundfile
 from remanence.errors import InputError
 from remanence.jobs.speech import cpc_training
 from remanence.jobs.speech.cpc import cpc
-from remanence.jobs.speech.cpc_audio import Waves, hold_out, open_speech
-from remanence.kit.audio import list_recordings, mfcc
+from remanence.jobs.speech.cpc_audio import hold_out, open_speech
+from remanence.jobs.speech.cpc_waves import Waves
+from remanence.kit.audio import mfcc
+from remanence.kit.recordings import list_recordings
 from remanence.speech.cpc.model import CPC
 from remanence.speech.cpc.windows import Piece
 
@@ -228,12 +230,19 @@ def test_recordings_at_another_rate_and_noise_and_items(place, tmp_path):
 def test_windows_from_disk_are_those_in_memory(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(100, 0, 2.0, 11025), 11025, subtype="FLOAT")
     soundfile.write(tmp_path / "b.wav", tone(100, 1, 1.0, 8000), 8000, subtype="FLOAT")
+    loud = tone(100, 1, 1.0, 8000)
+    soundfile.write(tmp_path / "c.wav", np.stack([loud, 0.2 * loud], 1), 8000, subtype="FLOAT")
     recordings = list_recordings(tmp_path)
     kept = Waves(recordings, 8000, show=False)
     disk = Waves(recordings, 8000, in_memory=0, show=False)
-    assert (kept.kept, disk.kept) == (True, False)
+    assert (kept.kept, disk.kept) == (3, 0)
     assert kept.lengths == disk.lengths
-    for pieces in ([Piece(0, 3001, 9000)], [Piece(0, 15500, 16000), Piece(1, 0, 5500)]):
+    assert np.abs(kept.whole(2).numpy() - 0.6 * loud).max() < 1e-6
+    for pieces in (
+        [Piece(0, 3001, 9000)],
+        [Piece(0, 15500, 16000), Piece(1, 0, 5500)],
+        [Piece(2, 100, 5000)],
+    ):
         difference = kept.window(pieces) - disk.window(pieces)
         assert difference.abs().max() < 1e-4  # the recording's end is another to the filter
 
@@ -310,18 +319,23 @@ def test_broken_recordings_are_named(tmp_path, broken, words):
 
 
 CALL = """
+import os
 import sys
 from pathlib import Path
-from remanence.jobs.speech import cpc_training
+import torch
 from remanence.jobs.speech.cpc import cpc
-views, stop, calls = cpc_training._views, int(sys.argv[3]), []
+from remanence.speech.cpc.training import Contrast
+forward, stop, seeds = Contrast.forward, int(sys.argv[3]), []
 def counted(*given):
-    calls.append(given)
-    if len(calls) > stop:
+    seeds.append(torch.initial_seed())
+    if len(seeds) > stop:
         raise KeyboardInterrupt
-    return views(*given)
-cpc_training._views = counted
-cpc(sys.argv[1], out=Path(sys.argv[2]), resume="resume" in sys.argv, **OPTIONS)
+    return forward(*given)
+Contrast.forward = counted
+scope = "global" if "global" in sys.argv else "local"
+cpc(sys.argv[1], out=Path(sys.argv[2]), resume="resume" in sys.argv, negatives_scope=scope,
+    **OPTIONS)
+Path(f"seeds.{os.environ['RANK']}").write_text(" ".join(map(str, seeds)))
 """
 
 
@@ -330,9 +344,9 @@ def test_two_processes_go_on_to_the_same_bits(place, tmp_path):
     options = QUICK | {"batch_size": 2, "valid_fraction": 0.4, "checkpoint_steps": 2}
     (tmp_path / "call.py").write_text(CALL.replace("OPTIONS", repr(options)))
 
-    def call(out, *words):
+    def call(out, *words, processes=2):
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                 "--nproc-per-node=2", "call.py", str(place / "audio"), out]  # fmt: skip
+                 f"--nproc-per-node={processes}", "call.py", str(place / "audio"), out]  # fmt: skip
         env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.run(
             [*start, *words], check=False, cwd=tmp_path, env=env, capture_output=True, text=True
@@ -340,8 +354,13 @@ def test_two_processes_go_on_to_the_same_bits(place, tmp_path):
 
     whole = call("whole", "99")
     assert whole.returncode == 0, whole.stderr
+    seeds = [set((tmp_path / f"seeds.{rank}").read_text().split()) for rank in (0, 1)]
+    assert [len(own) for own in seeds] == [7, 7]
+    assert not seeds[0] & seeds[1]
     assert call("cut", "5").returncode != 0
     assert (tmp_path / "cut.partial").exists()
+    alone = call("cut", "99", "resume", processes=1)
+    assert "had 2, not 1; give the same to resume" in alone.stderr
     again = call("cut", "99", "resume")
     assert again.returncode == 0, again.stderr
     for name in ("model.safetensors", "metrics.jsonl"):
@@ -350,6 +369,11 @@ def test_two_processes_go_on_to_the_same_bits(place, tmp_path):
     assert last["step"] == 7
     assert last["same_speaker"] == 1
     assert last["learning_rate"] == pytest.approx(2e-3)  # two processes, and one step of ramp
+    everyone = call("everyone", "99", "global")
+    assert everyone.returncode == 0, everyone.stderr
+    assert rows(tmp_path / "everyone")[-1]["same_speaker"] < 1
+    found = json.loads((tmp_path / "everyone" / "results.json").read_text())
+    assert found["recipe"]["negatives scope"] == "global"
 
 
 @pytest.mark.slow

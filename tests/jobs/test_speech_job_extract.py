@@ -11,8 +11,9 @@ import torch
 from remanence.errors import InputError
 from remanence.jobs.speech import extract as extract_module
 from remanence.jobs.speech.extract import extract
-from remanence.jobs.speech.features import open_features
+from remanence.jobs.speech.features import open_features, rate_doubt
 from remanence.kit.audio import read_audio
+from remanence.speech.abx.items import Items
 from remanence.speech.cpc.model import CPC
 
 LENGTHS = {"ann/a": 4000, "ann/b": 5123, "bob/c": 801, "bob/d": 3000, "bob/e.f": 2400}
@@ -264,13 +265,66 @@ def test_kinds_of_files_and_whole_numbers(tmp_path):
         open_features(str(tmp_path))["b"]
 
 
+def test_times_of_frames_are_read_from_every_file_or_none(audio, tmp_path):
+    x, times = np.zeros((3, 2)), np.array([0.1, 0.125, 0.15])
+    np.savez(tmp_path / "a.npz", features=x, times=times)
+    features = open_features(str(tmp_path), audio=str(audio / "ann"))
+    assert features.rate == 40
+    assert features["a"].shape == (3, 2)
+    assert features.when(["a"])["times"]["a"].tolist() == times.tolist()
+    even = open_features(str(tmp_path), frame_rate=50.0)
+    assert even.when(["a"]) == {"frame_rate": 50}
+    item = {"file": ["a"], "phone": ["x"], "onset": [0], "offset": [0.03]}
+    assert rate_doubt(Items.from_table(item), even).startswith("features last 2.0 times as long")
+    assert not rate_doubt(Items.from_table(item), open_features(str(tmp_path)))
+    assert not rate_doubt(Items.from_table(item | {"offset": [0]}), even)
+    np.save(tmp_path / "b.npy", x)
+    with pytest.raises(InputError, match=r"a\.npz holds times and b\.npy none: .*--frame-rate"):
+        open_features(str(tmp_path))
+    assert open_features(str(tmp_path), frame_rate=50.0)["a"].shape == (3, 2)
+    (tmp_path / "b.npy").unlink()
+    for wrong, words in (
+        (times[:, None], "times of shape"),
+        (np.array([0, np.nan, 1]), "times of shape .* NaN"),
+        (times + 1, r"last frame of 'a' is at 1\.15 s of 0\.50 s"),
+    ):
+        np.savez(tmp_path / "a.npz", features=x, times=wrong)
+        with pytest.raises(InputError, match=words):
+            open_features(str(tmp_path), audio=str(audio / "ann"))["a"]
+    (tmp_path / "a.npz").write_bytes(b"PK broken")
+    with pytest.raises(InputError, match=r"a\.npz: damaged"):
+        open_features(str(tmp_path))
+
+
+def test_the_times_that_extract_writes_change_nothing(audio, own, tmp_path):
+    options = {"model": f"{own}:hop50", "sample_rate": 8000, "frame_rate": 160.0}
+    extract(str(audio), out=tmp_path / "run", format="npz", **options)
+    features = open_features(str(tmp_path / "run"))
+    assert features.rate == 160
+    assert np.allclose(features.when(["bob/c"])["times"]["bob/c"], (np.arange(16) + 0.5) / 160)
+
+
+def test_windows_without_padding_are_no_wrong_frame_rate(audio, tmp_path):
+    """Kaldi's windows of 25 ms every 10 ms, none beyond the end: up to 2.5 frames are lacking."""
+    seconds = {name: samples / 8000 for name, samples in LENGTHS.items()}
+    for name, samples in LENGTHS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.save(tmp_path / f"{name}.npy", np.zeros((1 + (samples - 200) // 80, 2)))
+    features = open_features(str(tmp_path), audio=str(audio))
+    lacking = [100 * seconds[name] - len(features[name]) for name in features]
+    assert max(lacking) > 2
+
+
 def test_durations_are_checked_where_recordings_are_given(audio, tmp_path):
-    np.save(tmp_path / "a.npy", np.zeros((52, 2)))  # 0.5 s: two frames too many may be
+    np.save(tmp_path / "a.npy", np.zeros((53, 2)))  # 0.5 s: three frames too many may be
     np.save(tmp_path / "b.npy", np.zeros((70, 2)))
     features = open_features(str(tmp_path), audio=str(audio / "ann"))
-    assert features["a"].shape == (52, 2)
+    assert features["a"].shape == (53, 2)
     with pytest.raises(InputError, match=r"'b' have 70 frames for 0\.64 s, which is 64 at 100"):
         features["b"]
+    np.save(tmp_path / "a.npy", np.zeros((46, 2)))
+    with pytest.raises(InputError, match="missing padding explains 3 at most: check --frame-"):
+        open_features(str(tmp_path), audio=str(audio / "ann"))["a"]
     with pytest.raises(InputError, match="no file is named like a recording"):
         open_features(str(tmp_path), audio=str(audio / "bob"))
     with pytest.raises(InputError, match="give them with --audio"):

@@ -4,8 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from remanence.errors import InputError
+from remanence.jobs.speech import probe as probe_module
+from remanence.jobs.speech import probe_fit
 from remanence.jobs.speech.features import open_features
 from remanence.jobs.speech.probe import probe
 from remanence.jobs.speech.probe_labels import open_labels
@@ -82,7 +85,9 @@ def test_items_say_the_same_as_labels_of_frames(speech, tmp_path):
     by_item = open_labels(features, speech / "items.txt", None, "phone", "phones")
     for name in features:
         count = len(features[name])
-        a, b = (labels.of_frames(name, count, 100) for labels in (by_frame, by_item))
+        a, b = (
+            labels.of_frames(name, count, features.when([name])) for labels in (by_frame, by_item)
+        )
         silent = a == by_frame.classes.index("sil")
         assert (b[silent] == -1).all()
         assert (a[~silent] == b[~silent]).all()
@@ -117,12 +122,36 @@ def test_alignments_in_textgrids_and_phn(speech, tmp_path):
         found = open_labels(features, tmp_path / kind, None, "phone", "phones")
         for name in features:
             count = len(features[name])
-            pair = [labels.of_frames(name, count, 100).tolist() for labels in (found, wanted)]
+            when = features.when([name])
+            pair = [labels.of_frames(name, count, when).tolist() for labels in (found, wanted)]
             assert pair[0] == pair[1]
         assert found.speakers["ann/u00"] == "ann"
 
 
-def test_speakers_and_held_out_speakers(speech, tmp_path):
+def test_times_in_files_say_which_phone_a_frame_is_of(speech, tmp_path):
+    for path in (speech / "features").rglob("*.npy"):
+        target = tmp_path / "timed" / path.relative_to(speech / "features")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        values = np.load(path)
+        times = 7 + (np.arange(len(values)) + 0.5) / 100
+        np.savez(target.with_suffix(".npz"), features=values[::3], times=times[::3])
+    lines = [line.split() for line in (speech / "items.txt").read_text().splitlines()]
+    later = [[line[0], *(str(7 + float(t)) for t in line[1:3]), *line[3:]] for line in lines[1:]]
+    (tmp_path / "items.txt").write_text("\n".join(map(" ".join, [lines[0], *later])))
+    features = open_features(str(tmp_path / "timed"))
+    timed = open_labels(features, tmp_path / "items.txt", None, "phone", "phones")
+    even = open_features(str(speech / "features"))
+    usual = open_labels(even, speech / "items.txt", None, "phone", "phones")
+    for name in features:
+        found = timed.of_frames(name, len(features[name]), features.when([name]))
+        assert (found == usual.of_frames(name, len(even[name]), even.when([name]))[::3]).all()
+    found = probe(str(tmp_path / "timed"), out=tmp_path / "run", labels=tmp_path / "items.txt")
+    assert found.results["accuracy"] > 0.95
+    assert found.results["frame_rate"] == pytest.approx(100 / 3)
+    assert found.results["remarks"] == ["frames lie where the times in their files say"]
+
+
+def test_speakers_and_held_out_speakers(speech, tmp_path, capsys):
     results = run(speech, tmp_path / "a", labels=None, target="speaker")
     assert results["accuracy"] == 1.0
     assert results["counted"] == "files"
@@ -135,6 +164,9 @@ def test_speakers_and_held_out_speakers(speech, tmp_path):
     assert (held["interval_over"], held["test_utterances"]) == ("speakers", 20)
     rows = (tmp_path / "c" / "run" / "predictions.txt").read_text().splitlines()
     assert len({row.split("/")[0] for row in rows}) == 2
+    assert "no interval" not in capsys.readouterr().err
+    run(speech, tmp_path / "d", by_speaker=True)
+    assert "no interval: it takes two speakers to test on" in capsys.readouterr().err
 
 
 def test_few_labels_are_nested_and_spare_the_test_set(speech, tmp_path):
@@ -152,7 +184,7 @@ def test_few_labels_are_nested_and_spare_the_test_set(speech, tmp_path):
     assert 0 < results["train_minutes"] <= 0.05
 
 
-def test_whole_files_by_name_with_a_list_of_test_names(tmp_path):
+def test_whole_files_by_name_with_a_list_of_test_names(tmp_path, capsys):
     folder = tmp_path / "words"
     folder.mkdir()
     rng = np.random.default_rng(1)
@@ -169,6 +201,15 @@ def test_whole_files_by_name_with_a_list_of_test_names(tmp_path):
     assert found.results["window_accuracy"] == 1.0
     rows = (tmp_path / "run" / "predictions.txt").read_text().split("\n")[:-1]
     assert rows == [f"{name} {name.split('_')[1]}" for name in names[::5]]
+    # Nine of ten files to test on are x, which is the rarest to learn from.
+    rare = [name for name in names if "_x_" in name][:9] + [n for n in names if "_y_" in n][:1]
+    (tmp_path / "rare.txt").write_text("\n".join(rare))
+    capsys.readouterr()
+    found = probe(str(folder), out=tmp_path / "c", names=NAMES, pool="segments",
+                  test_names=str(tmp_path / "rare.txt"))  # fmt: skip
+    assert found.results["chance"] == 0.9
+    assert "one answer for all has at most 90.0 %" in capsys.readouterr().err
+    assert "would get right" in (tmp_path / "c" / "report.html").read_text()
     (tmp_path / "test.txt").write_text("nobody\n")
     with pytest.raises(InputError, match="'nobody' are no labelled utterances"):
         probe(str(folder), out=tmp_path / "b", names=NAMES, test_names=str(tmp_path / "test.txt"))
@@ -196,6 +237,94 @@ def test_ctc_learns_and_reports_what_is_too_short(speech, tmp_path):
     assert results["per"] < 0.4
     low, high = results["per_interval"]
     assert low <= results["per"] <= high
+
+
+class Speller:
+    """Stands for CTC: right with a beam, but for the first utterance; else always one phone."""
+
+    losses, impossible = torch.ones(1), ()
+
+    def __init__(self, truth):
+        self.truth = truth
+
+    def decode(self, rows, width):
+        if width is None:
+            return [[0]] * len(rows)
+        assert width == 7
+        return [self.truth.pop(0) for _ in rows]
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_error_rates_are_those_of_the_beam(speech, tmp_path, monkeypatch, standardise):
+    """The first test utterance has nine phones and nine errors, the other has three and none."""
+    names = ("ann/u00", "ann/u04", "bob/u01")
+    rows = ["ann/u00 " + "b k k " * 3, "ann/u04 b k aa", "bob/u01 aa b k"]
+    (tmp_path / "labels.txt").write_text("\n".join(rows))
+    given = {}
+
+    def train(rows, phones, _, **options):
+        given.update(options, rows=len(rows), phones=[row.tolist() for row in phones])
+        return Speller([[0] * 9, [1, 2, 0]])
+
+    monkeypatch.setattr(probe_fit, "train_ctc", train)
+    options = {"labels": tmp_path / "labels.txt", "method": "ctc", "beam_width": 7, "epochs": 4}
+    results = run(
+        speech, tmp_path, test_names="ann", lstm=True, lr=0.1, standardise=standardise, seed=5,
+        **options,
+    )  # fmt: skip
+    assert (results["per"], results["per_pooled"]) == (1 / 2, 9 / 12)
+    assert results["per_best_path"] == (1 + 2 / 3) / 2
+    assert results["per_best_path_pooled"] == 11 / 12
+    written = (tmp_path / "run" / "predictions.txt").read_text().splitlines()
+    assert written == [f"{names[0]}{' aa' * 9}", f"{names[1]} b k aa"]
+    assert (given["rows"], given["phones"]) == (1, [[0, 1, 2]])
+    wanted = {"epochs": 4, "lr": 0.1, "lstm": True, "standardise": standardise, "seed": 5}
+    assert {name: given[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_options_reach_the_linear_layer(speech, tmp_path, monkeypatch, standardise):
+    given, train = {}, probe_fit.train_linear
+
+    def spy(*args, **options):
+        given.update(options)
+        return train(*args, **options)
+
+    monkeypatch.setattr(probe_fit, "train_linear", spy)
+    wanted = {"epochs": 2, "lr": 0.1, "standardise": standardise, "seed": 5}
+    run(speech, tmp_path, method="linear", **wanted)
+    assert {name: given[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(("by_speaker", "used"), [(True, 2), (False, 5)])
+def test_the_ridge_is_chosen_by_what_is_held_out(speech, tmp_path, monkeypatch, by_speaker, used):
+    """With two speakers to learn from, each one's frames are a fold."""
+    fit, counts = probe_fit.ridge_probe, []
+
+    def spy(folds):
+        counts.extend(int(fold.counts.sum()) for fold in folds)
+        return fit(folds)
+
+    monkeypatch.setattr(probe_fit, "ridge_probe", spy)
+    results = run(speech, tmp_path, by_speaker=by_speaker, test_fraction=0.5)
+    assert sum(count > 0 for count in counts) == used
+    assert sum(counts) == results["train_labels"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_minutes_are_of_all_speakers_in_turn(speech, tmp_path, monkeypatch, seed):
+    chosen, choose = [], probe_module.by_minutes
+
+    def spy(*args, **options):
+        chosen.append(choose(*args, **options))
+        return chosen[0]
+
+    monkeypatch.setattr(probe_module, "by_minutes", spy)
+    run(speech, tmp_path, minutes=0.08, seed=seed)
+    said = [name.split("/")[0] for name in chosen[0]]
+    counts = [said.count(speaker) for speaker in SPEAKERS]
+    assert max(counts) - min(counts) <= 1
+    assert len(said) >= 4
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import soundfile
 import torch
 
 from remanence.errors import InputError
-from remanence.kit import audio
+from remanence.kit import audio, recordings
 
 
 def tone(seconds=0.5, rate=8000, hz=440.0):
@@ -21,14 +21,17 @@ def folder(tmp_path):
 
 
 def test_sources(folder):
-    names = [recording.name for recording in audio.list_recordings(folder)]
+    names = [recording.name for recording in recordings.list_recordings(folder)]
     assert names == ["a/one", "a/three", "b/two"]
-    assert [r.name for r in audio.list_recordings(f"{folder}/a/t*.wav")] == ["three"]
-    assert [r.name for r in audio.list_recordings(f"{folder}/**/t*.wav")] == ["a/three", "b/two"]
-    assert [r.name for r in audio.list_recordings(folder / "a" / "one.wav")] == ["one"]
+    assert [r.name for r in recordings.list_recordings(f"{folder}/a/t*.wav")] == ["three"]
+    assert [r.name for r in recordings.list_recordings(f"{folder}/**/t*.wav")] == [
+        "a/three",
+        "b/two",
+    ]
+    assert [r.name for r in recordings.list_recordings(folder / "a" / "one.wav")] == ["one"]
     (folder / "list.txt").write_text("b/two.wav\na/one.wav\n")
-    assert [r.name for r in audio.list_recordings(folder / "list.txt")] == ["b/two", "a/one"]
-    recording = audio.list_recordings(folder)[0]
+    assert [r.name for r in recordings.list_recordings(folder / "list.txt")] == ["b/two", "a/one"]
+    recording = recordings.list_recordings(folder)[0]
     assert (recording.sample_rate, recording.frames, recording.channels) == (8000, 4000, 1)
     assert recording.seconds == 0.5
 
@@ -40,13 +43,13 @@ def test_a_source_that_holds_nothing_is_refused(folder):
         (folder / "notes.md", "cannot be read"),
     ):
         with pytest.raises(InputError, match=message):
-            audio.list_recordings(source)
+            recordings.list_recordings(source)
     (folder / "list.txt").write_text("a/none.wav\n")
     with pytest.raises(InputError, match=r"list\.txt, line 1: there is no file .*a/none\.wav"):
-        audio.list_recordings(folder / "list.txt")
+        recordings.list_recordings(folder / "list.txt")
     audio.write_wav(folder / "a" / "one.flac", tone(), 8000)
     with pytest.raises(InputError, match="'a/one': rename"):
-        audio.list_recordings(folder)
+        recordings.list_recordings(folder)
 
 
 def test_damaged_recordings_are_named(folder):
@@ -54,16 +57,16 @@ def test_damaged_recordings_are_named(folder):
     whole = path.read_bytes()
     path.write_bytes(whole[:-1000])
     with pytest.raises(InputError, match=r"one\.wav is cut off: .* 8000 bytes .* it has 7000"):
-        audio.list_recordings(folder)
+        recordings.list_recordings(folder)
     path.write_bytes(b"")
     with pytest.raises(InputError, match="empty file"):
-        audio.list_recordings(folder)
+        recordings.list_recordings(folder)
     path.write_bytes(whole[:44])
     with pytest.raises(InputError, match="is cut off"):
-        audio.list_recordings(folder)
+        recordings.list_recordings(folder)
     soundfile.write(path, np.zeros(0), 8000)
     with pytest.raises(InputError, match="is empty"):
-        audio.list_recordings(folder)
+        recordings.list_recordings(folder)
     wave = tone()
     wave[800] = float("nan")
     audio.write_wav(path, wave, 8000, subtype="FLOAT")
@@ -119,9 +122,9 @@ def test_another_rate_keeps_the_tone(tmp_path):
 
 
 def test_speakers(folder):
-    recordings = audio.list_recordings(folder)
-    assert audio.speakers_of(recordings) == {"a/one": "a", "a/three": "a", "b/two": "b"}
-    found = audio.speakers_of(recordings, r"[ab]/(?P<speaker>.)")
+    every = recordings.list_recordings(folder)
+    assert recordings.speakers_of(every) == {"a/one": "a", "a/three": "a", "b/two": "b"}
+    found = recordings.speakers_of(every, r"[ab]/(?P<speaker>.)")
     assert found == {"a/one": "o", "a/three": "t", "b/two": "t"}
     for pattern, message in (
         ("(", "is no regular expression"),
@@ -130,9 +133,9 @@ def test_speakers(folder):
         ("(?P<phone>[ab])", "has no group .?.?.P<speaker>"),
     ):
         with pytest.raises(InputError, match=message):
-            audio.speakers_of(recordings, pattern)
+            recordings.speakers_of(every, pattern)
     with pytest.raises(InputError, match="no telling who speaks in 'one'"):
-        audio.speakers_of(audio.list_recordings(folder / "a"))
+        recordings.speakers_of(recordings.list_recordings(folder / "a"))
 
 
 def test_mfcc_frames_tell_of_their_own_ten_milliseconds():
@@ -163,15 +166,13 @@ def test_what_reading_does_is_said(tmp_path):
     audio.write_wav(tmp_path / "a.wav", two, 8000)
     audio.write_wav(tmp_path / "b.wav", tone(), 8000)
     audio.write_wav(tmp_path / "c.wav", tone(rate=16000), 16000)
-    recordings = audio.list_recordings(tmp_path)
-    assert audio.treatment(recordings, None, mono=False) == [
-        "the channels of 1 recording are all kept"
-    ]
-    assert audio.treatment(recordings, 16000) == [
+    every = recordings.list_recordings(tmp_path)
+    assert audio.treatment(every, None, mono=False) == ["the channels of 1 recording are all kept"]
+    assert audio.treatment(every, 16000) == [
         "2 recordings of 8,000 Hz are resampled to 16,000 Hz, and hold nothing above 4,000 Hz",
         "the channels of 1 recording are averaged",
     ]
-    assert audio.treatment(recordings[1:2], 8000) == []
+    assert audio.treatment(every[1:2], 8000) == []
     heard = audio.Heard()
     for wave in (tone(), 2 * tone(), -2 * two, torch.zeros(9)):
         heard.add(wave)

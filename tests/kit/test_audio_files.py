@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 from remanence.errors import InputError
-from remanence.kit import audio
+from remanence.kit import audio, recordings
 
 NOISE = 0.1 * torch.randn(40_000, generator=torch.Generator().manual_seed(0))
 
@@ -46,17 +46,17 @@ def test_a_full_disk_is_a_system_error_and_leaves_nothing(tmp_path, suffix):
 def test_an_ogg_that_is_cut_off_is_refused(tmp_path, suffix, subtype):
     path = tmp_path / f"x.{suffix}"
     soundfile.write(path, NOISE.numpy(), 16000, subtype, format="OGG")
-    (whole,) = audio.list_recordings(path)
+    (whole,) = recordings.list_recordings(path)
     assert len(audio.read_audio(whole)) == whole.frames == len(NOISE)
     data = path.read_bytes()
     last = data.rindex(b"OggS")
     for kept in (len(data) - 1, len(data) // 2, last + 27, last + 10):
         path.write_bytes(data[:kept])
         with pytest.raises(InputError, match=rf"x\.{suffix} is cut off"):
-            audio.list_recordings(path)
+            recordings.list_recordings(path)
     for more in (b"TAG" + bytes(125), bytes(70_000)):  # an ID3 tag, and what hides every page
         path.write_bytes(data + more)
-        assert audio.list_recordings(path)[0].frames == len(NOISE)
+        assert recordings.list_recordings(path)[0].frames == len(NOISE)
 
 
 def test_a_chunk_of_odd_length_is_stepped_over(tmp_path):
@@ -65,10 +65,10 @@ def test_a_chunk_of_odd_length_is_stepped_over(tmp_path):
     data = path.read_bytes()
     data = data[:36] + struct.pack("<4sI", b"note", 5) + b"hello\0" + data[36:]
     path.write_bytes(data)
-    assert audio.list_recordings(path)[0].frames == len(NOISE)
+    assert recordings.list_recordings(path)[0].frames == len(NOISE)
     path.write_bytes(data[:-1000])
     with pytest.raises(InputError, match="promises 80000 bytes of samples, it has 79000"):
-        audio.list_recordings(path)
+        recordings.list_recordings(path)
 
 
 def test_another_rate_folds_nothing_back_and_keeps_the_highest_tones(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from remanence.errors import InputError
-from remanence.kit import audio
+from remanence.kit import audio, recordings
 
 
 def write(path: Path, value: float = 0.1) -> None:
@@ -14,7 +14,7 @@ def write(path: Path, value: float = 0.1) -> None:
 
 
 def names_of(source: object) -> list[str]:
-    return [recording.name for recording in audio.list_recordings(str(source))]
+    return [recording.name for recording in recordings.list_recordings(str(source))]
 
 
 def test_a_name_never_leads_out_of_its_folder(tmp_path, monkeypatch):
@@ -64,7 +64,7 @@ def test_a_name_with_dots_goes_to_the_file_that_the_machine_means(tmp_path):
     (tmp_path / "elsewhere" / "deep").mkdir()
     (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere" / "deep")
     (tmp_path / "here" / "list.txt").write_text("link/../a.wav\n")  # that of elsewhere
-    (found,) = audio.list_recordings(tmp_path / "here" / "list.txt")
+    (found,) = recordings.list_recordings(tmp_path / "here" / "list.txt")
     assert float(audio.read_audio(found)[0]) == 0.5
 
 

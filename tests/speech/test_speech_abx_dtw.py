@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from remanence.errors import InputError
-from remanence.speech.abx import pairs
+from remanence.speech.abx import distances, pairs
 from remanence.speech.abx.distances import check_features, frame_distances, frame_norms
 from remanence.speech.abx.dtw import dtw, dtw_both_ways, wavefront
 from remanence.speech.abx.pairs import Sequences, item_distances, mutual_distances
@@ -142,6 +142,27 @@ def test_norms_of_any_size(scale):
     assert table[1].tolist() == [1, 0, 1]
 
 
+def test_norms_are_taken_in_pieces():
+    frames = torch.randn(1000, 7, generator=torch.Generator().manual_seed(0))
+    frames[17] = 0
+    wanted = frames.double().square().sum(1).sqrt()
+    taken = []
+    norm = torch.linalg.vector_norm
+
+    def spy(x, **options):
+        taken.append(len(x))
+        return norm(x, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distances, "PIECE", 700)
+        patch.setattr(torch.linalg, "vector_norm", spy)
+        found = frame_norms(frames)
+    assert max(taken) == 100
+    torch.testing.assert_close(found, wanted)
+    assert found[17] == 0
+    assert len(frame_norms(frames[:0])) == 0
+
+
 def test_kullback_leibler():
     p, q = torch.rand(2, 5, 8, generator=torch.Generator().manual_seed(0)).softmax(-1).double()
     wanted = np.array([[sum(p[i] * ((p[i] + 1e-6) / (q[j] + 1e-6)).log()) for j in range(5)]
@@ -185,9 +206,10 @@ def test_bad_frames_are_refused(frames, distance, message):
 
 
 @pytest.mark.parametrize("distance", ["identical", "euclidean"])
-@pytest.mark.parametrize("table", [2**19, 500])
+@pytest.mark.parametrize("table", [2**25, 500, 60])
 def test_tables_of_items_are_those_of_single_pairs(distance, table, monkeypatch):
-    monkeypatch.setattr(pairs, "TABLE", table)
+    for name in ("TABLE", "DEVICE_TABLE", "COLUMNS"):
+        monkeypatch.setattr(pairs, name, table)
     generator = torch.Generator().manual_seed(3)
     length = torch.randint(1, 11, (40,), generator=generator).numpy()
     frames = torch.randint(4, (200, 1), generator=generator).double()  # many ties
@@ -209,3 +231,28 @@ def test_tables_of_items_are_those_of_single_pairs(distance, table, monkeypatch)
         ahead, back = item_distances(sequences, rows, columns, distance, both=True)
         np.testing.assert_array_equal(ahead, wanted[np.ix_(rows, columns)])
         np.testing.assert_array_equal(back, wanted[np.ix_(columns, rows)].T)
+
+
+@pytest.mark.parametrize("way", ["_align_compiled", "_align_padded"])
+def test_one_long_item_against_many_is_taken_in_pieces(way, monkeypatch):
+    for name in ("TABLE", "DEVICE_TABLE", "COLUMNS"):
+        monkeypatch.setattr(pairs, name, 1000)
+    if way == "_align_padded":
+        monkeypatch.setattr(pairs, "_align_compiled", pairs._align_padded)
+    sizes = []
+    distances_of = Sequences.distances
+
+    def spy(self, rows, columns, distance):
+        sizes.append(len(rows) * len(columns))
+        return distances_of(self, rows, columns, distance)
+
+    monkeypatch.setattr(Sequences, "distances", spy)
+    length = np.full(60, 20)
+    frames = torch.randn(1200, 3, generator=torch.Generator().manual_seed(0))
+    sequences = Sequences(frames, np.arange(60) * 20, length)
+    found, _ = item_distances(sequences, np.arange(1), np.arange(60), "euclidean", both=False)
+    assert max(sizes) <= 6400  # one row of sixteen items
+    assert found.shape == (1, 60)
+    mutual = mutual_distances(sequences, np.arange(60), "euclidean")
+    assert max(sizes) <= 6400
+    assert np.array_equal(mutual[0], found[0])

@@ -181,6 +181,15 @@ def test_textgrids_of_both_formats(text):
     assert parse_textgrid(text, "words") == [(0, 900_000_000, 'say "ah" 5')]
 
 
+@pytest.mark.parametrize("text", [LONG, SHORT])
+def test_textgrids_with_remarks_and_bare_points(text):
+    remarked = text.replace("0.9\n", '0.9 ! of 2 takes, "one" <lost>\n').replace("0.1", ".1")
+    remarked = remarked.replace('TextGrid"\n', 'TextGrid"\n! made in 2020 by 3 "people"\n')
+    remarked = remarked.replace('"S"', '"S!"')
+    wanted = [(a, b, c.replace("S", "S!")) for a, b, c in parse_textgrid(text, "phones")]
+    assert parse_textgrid(remarked, "phones") == wanted
+
+
 def test_phn_and_frame_labels():
     phn = Items.from_phn({"u": "0 3050 h#\n3050 4559 sh\n4559 5723 ix\n"}, {"u": "s1"})
     assert _rows(phn) == [
@@ -217,13 +226,54 @@ def test_item_files_are_read_and_written(tmp_path):
         Items.from_frame_labels({"a b": [1]}, {"a b": "s"}).write(path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_item_files_of_other_encodings_are_read(encoding, tmp_path):
+    path = tmp_path / "a.item"
+    path.write_text(f"{HEADER}\nf 0 1 é SIL q s1\n", encoding=encoding)
+    assert Items.read(path).phone.tolist() == ["é"]
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"no text in UTF-8 or UTF-16"):
+        Items.read(path)
+
+
+def test_items_of_no_length_have_no_frame():
+    phn = Items.from_phn({"u": "0 800 a\n800 800 b\n800 1600 c\n"}, {"u": "s"})
+    grid = SHORT.replace("0.3\n0.5", "0.3\n0.3", 1).replace("0.5\n0.7", "0.3\n0.7")
+    grid = Items.from_textgrid({"u": grid}, {"u": "s"})
+    for items, which in ((phn, 1), (grid, 1)):
+        assert items.onset[which] == items.offset[which]
+        for rate in (10, 100, 1000):
+            start, stop = slice_frames(items, {"u": rate}, frame_rate=rate)
+            assert start[which] == stop[which]
+    assert (phn.prev.tolist(), phn.next.tolist()) == (["SIL", "a", "b"], ["b", "c", "SIL"])
+    centre = _one("0.005", "0.005")  # the centre of a frame
+    times = {"a": torch.tensor([0.005])}
+    for how in ({"frame_rate": 100}, {"times": times}):
+        start, stop = slice_frames(centre, {"a": 1}, **how)
+        assert start.item() == stop.item()
+
+
+def test_items_are_found_by_their_file():
+    rng = np.random.default_rng(0)
+    files = rng.choice(list("edcba"), 50).tolist()
+    items = Items.from_table({"file": files, "phone": range(50)})
+    found = items.by_file()
+    assert {name: places.tolist() for name, places in found.items()} == {
+        name: [i for i, file in enumerate(files) if file == name] for name in set(files)
+    }
+    assert list(found) == list(dict.fromkeys(files))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("head\nf 0 1 p q r\n", "line 2 has 6 words"),
         ("head\nf 0 x p q r s\n", "'x' is no time"),
         ("head\nf 0 nan p q r s\n", "is no time"),
-        ("head\nf 1 1 p q r s\n", "ends before it begins"),
+        ("head\nf 1 0.5 p q r s\n", "ends before it begins"),
+        ("head\nf 0 1e30 p q r s\n", "'1e30' is no time"),
+        ("head\nf 1e30 inf p q r s\n", "is no time"),
+        ("f 0 1 p q r s\nf 1 2 q p r s\n", "line 1 is an item: write the header '#file"),
         ("head\nf 0 1 p q r s\nf 0 1 p q r s\n", "listed twice"),
         ("head\nf 1 -1e-9 p q r s\n", "below 0"),
         ("head\n", "lists no items"),
@@ -250,6 +300,11 @@ def test_bad_item_files_are_refused(text, message, tmp_path):
         (lambda: Items.from_textgrid({"f": LONG}, {"f": "s"}, span="word"), "span 'word'"),
         (lambda: Items.from_phn({"f": "0 1"}, {"f": "s"}), "f line 1"),
         (lambda: Items.from_phn({"f": "0 9 a\n8 12 b"}, {"f": "s"}), "begins before"),
+        (lambda: Items.from_phn({"f": f"0 {10**30} a"}, {"f": "s"}), "f line 1: .* a later time"),
+        (
+            lambda: Items.from_phn({"f": "0 99999999999 a"}, {"f": "s"}, sample_rate=1),
+            "after 1,000,000,000 s: check",
+        ),
         (lambda: Items.from_phn({"f": "0 9 h#"}, {"f": "s"}), "hold no phones"),
         (lambda: Items.from_phn({"f": "0 9 a"}, {"f": "s"}, sample_rate=0), "rate 0"),
         (lambda: Items.from_file_names(["ab"], "a"), "no group"),

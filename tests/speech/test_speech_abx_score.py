@@ -1,18 +1,27 @@
 import math
+import tracemalloc
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
+from scipy.stats import norm, ttest_1samp
 
 from remanence.errors import InputError
-from remanence.speech.abx.cells import check_cells, fixed_subsample
+from remanence.speech.abx.cells import check_cells, context_names, fixed_subsample
 from remanence.speech.abx.distances import frame_distances
 from remanence.speech.abx.items import Items
 from remanence.speech.abx.score import _result, merge, run
-from remanence.speech.abx.statistics import Cells, Mean
+from remanence.speech.abx.statistics import (
+    Cells,
+    Mean,
+    cell_keys,
+    p_value,
+    speaker_interval,
+    speaker_stderr,
+)
 
 
 def _corpus(seed=0, speakers=3, phones="abc", contexts=2, most=4, *, frames=5, levels=None):
@@ -61,7 +70,7 @@ def _triple_loop(features, items, distance, speaker, context):
             continue
         if (items.speaker[x] == items.speaker[a]) != (speaker == "within"):
             continue
-        key = (*(" ".join(around[x]), items.speaker[a], items.speaker[x]), items.phone[a],
+        key = (*("\t".join(around[x]), items.speaker[a], items.speaker[x]), items.phone[a],
                items.phone[b])  # fmt: skip
         cells.setdefault(key, []).append(2 * (d[x, a] > d[x, b]) + (d[x, a] == d[x, b]))
     return {key: (sum(wrong), len(wrong)) for key, wrong in cells.items()}
@@ -259,9 +268,9 @@ def test_subsamples_are_fixed_and_fair():
     exact = run(features, items, frame_rate=1, speaker="across")
     drawn = [run(features, items, frame_rate=1, speaker="across", max_x_speakers=1, seed=seed)
              for seed in range(12)]  # fmt: skip
-    by_key = dict(zip(exact.cells.keys(), exact.cells.error, strict=True))
     for result in drawn:
-        keys = result.cells.keys()
+        known, keys = cell_keys([exact.cells, result.cells])
+        by_key = dict(zip(known, exact.cells.error, strict=True))
         assert [by_key[key] for key in keys] == result.cells.error.tolist()
         assert sorted(_groups(result.cells)) == sorted(
             set(_groups(exact.cells))
@@ -273,6 +282,14 @@ def test_subsamples_are_fixed_and_fair():
         assert some.file.tolist() == fixed_subsample(items, 60, speaker=speaker).file.tolist()
         assert len(run(features, some, frame_rate=1, speaker=speaker).cells)
     assert len(fixed_subsample(items, 40, speaker="across", context="any")) <= 40
+
+
+def test_the_items_of_a_group_are_drawn_anew_by_each_seed():
+    features, items = _corpus(speakers=4, most=8, contexts=1, seed=1)
+    exact = run(features, items, frame_rate=1).error
+    drawn = [run(features, items, frame_rate=1, max_group=3, seed=s).error for s in range(40)]
+    assert len(set(drawn)) > 30
+    assert np.mean(drawn) == pytest.approx(exact, abs=0.01)
 
 
 @pytest.mark.parametrize("speaker", ["within", "across"])
@@ -300,6 +317,74 @@ def test_standard_error_of_balanced_speakers_is_that_of_their_means():
     assert result.table("speaker")["c",] == pytest.approx(means[2])
 
 
+def _brute(cells, values, aggregate, weights):
+    """The mean, with each speaker there as often as its weight says, but never X to itself."""
+    copies = {}
+    for i in range(len(cells)):
+        s, x = cells.speaker[i], cells.x_speaker[i]
+        for a, b in product(range(weights[s]), range(1 if x == s else weights[x])):
+            key = (cells.phone[i], cells.other[i]), (s, a), (x, b)
+            copies.setdefault(key, []).append((values[i], cells.triplets[i]))
+    if aggregate == "weighted":
+        rows = [row for own in copies.values() for row in own]
+        return sum(v * n for v, n in rows) / sum(n for _, n in rows)
+    groups = {}
+    for (pair, s, _), own in copies.items():
+        rows = [v for v, _ in own]
+        key = (pair, s) if aggregate == "librilight" else pair
+        groups.setdefault(key, []).extend(
+            rows if aggregate == "librilight" else [float(np.mean(rows))]
+        )
+    if aggregate == "librilight":
+        speakers = groups
+        groups = {}
+        for (pair, _), rows in speakers.items():
+            groups.setdefault(pair, []).append(float(np.mean(rows)))
+    return float(np.mean([np.mean(rows) for rows in groups.values()]))
+
+
+@pytest.mark.parametrize("aggregate", ["librilight", "zerospeech2017", "weighted"])
+def test_means_and_standard_errors_weigh_both_speakers_of_a_cell(aggregate):
+    rng = np.random.default_rng(0)
+    grid = np.stack([g.ravel() for g in np.mgrid[:3, :4, :4, :2, :2]])
+    c, s, x, p, q = grid[:, (grid[1] != grid[2]) & (grid[3] != grid[4]) & (rng.random(192) < 0.7)]
+    n = len(c)
+    triplets = rng.integers(1, 9, n)
+    cells = Cells(c, s, x, p, q, rng.integers(0, 2 * triplets + 1), triplets,
+                  tuple("xyz"), tuple("stuv"), ("p", "q"))  # fmt: skip
+    mean, everyone = Mean(cells, cells.error, aggregate), np.arange(4)
+    for weights in ([1, 1, 1, 1], [2, 1, 0, 3], [0, 1, 1, 1], [1, 0, 4, 0], [3, 1, 2, 2]):
+        wanted = _brute(cells, cells.error, aggregate, weights)
+        assert mean(np.array(weights, float)) == pytest.approx(wanted, abs=1e-12)
+    left = [_brute(cells, cells.error, aggregate, np.where(everyone == k, 0, 1)) for k in everyone]
+    wanted = math.sqrt(3 / 4 * np.square(np.array(left) - np.mean(left)).sum())
+    assert speaker_stderr(mean, everyone) == pytest.approx(wanted, abs=1e-12)
+    low, high = speaker_interval(mean, everyone, wanted, 300, 0)
+    drawn = [
+        _brute(cells, cells.error, aggregate, np.bincount(rows, minlength=4))
+        for rows in np.random.default_rng(0).integers(0, 4, (300, 4))
+        if len(set(rows)) > 1
+    ]
+    assert (low, high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.03)
+
+
+def test_balanced_speakers_are_tested_as_a_t_test_does():
+    rng = np.random.default_rng(0)
+    speaker, phone = (grid.ravel() for grid in np.mgrid[:5, :2])
+    results = []
+    for wrong in rng.integers(0, 2000, (2, 10)):
+        cells = Cells(0 * speaker, speaker, speaker, phone, 1 - phone, wrong, np.full(10, 1000),
+                      ("any",), tuple("abcde"), ("p", "q"))  # fmt: skip
+        results.append(_result(cells, "librilight", "inclusive", 0, 0, 0))
+    means = [result.cells.error.reshape(5, 2).mean(1) for result in results]
+    found, known = results[0].compare(results[1]), ttest_1samp(means[0] - means[1], 0)
+    assert found.p_value == pytest.approx(known.pvalue)
+    assert found.interval == pytest.approx(known.confidence_interval(0.95))
+    wanted = ttest_1samp(means[0], 0).confidence_interval(0.95)
+    assert results[0].interval == pytest.approx(wanted)
+    assert p_value(0.1, math.nan, 5) != p_value(0.1, 0, 5) == 0
+
+
 def test_comparison_finds_a_difference_and_none():
     features, items = _corpus(speakers=8, most=6)
     generator = torch.Generator().manual_seed(0)
@@ -313,6 +398,95 @@ def test_comparison_finds_a_difference_and_none():
     assert (none.difference, none.p_value) == (0, 1)
     with pytest.raises(InputError, match="different items"):
         good.compare(run(features, items, frame_rate=1))
+
+
+@pytest.mark.parametrize("speaker", ["within", "across"])
+@pytest.mark.parametrize("options", [{}, {"max_group": 2}, {"max_x_speakers": 1}])
+def test_comparison_of_two_rates_leaves_out_what_only_one_has(speaker, options):
+    rng = np.random.default_rng(0)
+    rows = [(f"s{s}", p, c) for s, p, c, _ in product(range(4), "pq", "xyz", range(4))]
+    speakers, phones, contexts = zip(*rows, strict=True)
+    onset = np.array([20 * i + (6 if c == "y" else 0) for i, c in enumerate(contexts)]) / 1000
+    # Tokens of context y have frames at 100 Hz alone, and so has one in sixteen of the others.
+    short = [c == "y" or i % 16 == 1 for i, c in enumerate(contexts)]
+    onset = np.where(short, np.round(onset - onset % 0.02 + 0.012, 3), onset)
+    offset = np.where(short, onset + 0.006, onset + 0.02)
+    items = Items.from_table({"file": ["f"] * len(rows), "phone": phones, "prev": contexts,
+                              "speaker": speakers, "onset": np.round(onset, 3),
+                              "offset": np.round(offset, 3)})  # fmt: skip
+    slow = {"f": torch.tensor(rng.normal(size=(100, 4)))}
+    fast = {"f": slow["f"].repeat_interleave(2, 0)}
+    options = {"speaker": speaker, "drop_empty": True, **options}
+    first = run(fast, items, frame_rate=100, **options)
+    second = run(slow, items, frame_rate=50, **options)
+    assert first.dropped == 0 < second.dropped
+    assert {second.cells.contexts[c] for c in second.cells.context} == {"x\tSIL", "z\tSIL"}
+    found = first.compare(second)
+    common = set(_named(first.cells)) & set(_named(second.cells))
+    assert found.cells == len(common) == len(second.cells)
+    mine, theirs = _named(first.cells), _named(second.cells)
+    whole = [key for key in common if theirs[key][1] == mine[key][1]]
+    assert whole
+    assert all(theirs[key] == mine[key] for key in whole)  # drawn alike
+    if not options.get("max_group"):
+        few = run(slow, items[~np.array(short)], frame_rate=50, speaker=speaker)
+        assert all(_named(few.cells)[key] == theirs[key] for key in theirs)
+
+
+def test_labels_with_blanks_make_no_contexts_meet():
+    table = {"file": list("abcd"), "phone": list("ppqq"), "prev": ["x y", "x", "x y", "x"],
+             "next": ["z", "y z", "z", "y z"]}  # fmt: skip
+    items = Items.from_table(table)
+    assert len(set(context_names(items, "within"))) == 2
+    assert context_names(items, "any") == ["any"] * 4
+    with pytest.raises(InputError, match="no valid cell"):
+        run({name: torch.ones(1, 3) for name in "abcd"}, items, frame_rate=1)
+
+
+def test_cells_of_any_vocabulary_are_known_by_number():
+    rng = np.random.default_rng(0)
+    features, items = _corpus(speakers=3, most=6)
+    cells = run(features, items, frame_rate=1, speaker="across").cells
+
+    def padded(names):
+        return (*names, *range(10**5))
+
+    huge = replace(cells, contexts=padded(cells.contexts), speakers=padded(cells.speakers),
+                   phones=padded(cells.phones))  # fmt: skip
+    some = np.sort(rng.choice(len(cells), len(cells) // 2, replace=False))
+    names = ("context", "speaker", "x_speaker", "phone", "other", "wrong", "triplets")
+    part = replace(huge, **{name: getattr(huge, name)[some] for name in names})
+    first, second = cell_keys([huge, part])
+    assert (np.diff(first) > 0).all()
+    assert np.array_equal(first[some], second)
+    for aggregate in ("librilight", "zerospeech2017"):
+        wanted = Mean(cells, cells.error, aggregate)(np.ones(3))
+        assert Mean(huge, huge.error, aggregate)(np.ones(10**5 + 3)) == wanted
+
+
+@pytest.mark.parametrize("options", [{}, {"max_x_speakers": 5}])
+def test_many_speakers_of_many_words_need_little_memory(options):
+    n, words = 240, 120
+    names = [f"f{i}" for i in range(n)]
+    phones, people = [i % words for i in range(n)], [i // 2 for i in range(n)]
+    items = Items.from_table({"file": names, "phone": phones, "speaker": people})
+    features = dict(zip(names, torch.randn(n, 1, 4), strict=True))
+    tracemalloc.start()
+    result = run(features, items, frame_rate=1, speaker="across", context="any", **options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(result.cells) == n
+    assert peak < 100 * 2**20
+
+
+@pytest.mark.parametrize("speaker", ["within", "across"])
+@pytest.mark.parametrize("context", ["within", "any"])
+def test_tables_counted_in_pieces_give_the_same_cells(speaker, context, monkeypatch):
+    features, items = _corpus(seed=4, speakers=5)
+    whole = run(features, items, frame_rate=1, speaker=speaker, context=context)
+    monkeypatch.setattr("remanence.speech.abx.counting.CELLS", 20)
+    pieces = run(features, items, frame_rate=1, speaker=speaker, context=context)
+    assert _named(pieces.cells) == _named(whole.cells)
 
 
 @pytest.mark.parametrize("speaker", ["within", "across"])

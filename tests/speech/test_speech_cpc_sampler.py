@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from remanence.errors import InputError
-from remanence.speech.cpc.sampler import WindowSampler
+from remanence.speech.cpc.sampler import WindowSampler, same_speaker
 from remanence.speech.cpc.windows import Piece, cut
 
 WINDOW = 100
@@ -40,7 +40,9 @@ def test_no_sample_is_given_out_twice_and_windows_are_whole(mode, straddle):
 
 def test_every_batch_has_one_speaker():
     batches = list(sampler())
-    assert all(len(set(batch.speakers)) == 1 and batch.same_speaker == 1 for batch in batches)
+    assert all(
+        len(set(batch.speakers)) == 1 and same_speaker(batch.speakers) == 1 for batch in batches
+    )
     for batch in batches:
         names = {SPEAKERS[piece.recording] for window in batch.windows for piece in window}
         assert names == set(batch.speakers)
@@ -48,10 +50,14 @@ def test_every_batch_has_one_speaker():
 
 
 def test_the_share_of_negatives_of_the_same_speaker_is_told():
-    shares = [batch.same_speaker for batch in sampler(mode="uniform", batch=8)]
+    shares = [same_speaker(batch.speakers) for batch in sampler(mode="uniform", batch=8)]
     assert min(shares) < 1
     lone = WindowSampler([100] * 4, list("abcd"), window=100, batch=4, mode="uniform")
-    assert [batch.same_speaker for batch in lone] == [0.25]
+    assert [same_speaker(batch.speakers) for batch in lone] == [0.25]
+    assert [batch.everyone == batch.speakers for batch in sampler()] == [True] * len(sampler())
+    # Drawn from the windows of all processes, a negative has another speaker more often.
+    pair = WindowSampler([100] * 4, list("aabb"), window=100, batch=2, rank=1, world_size=2)
+    assert [(same_speaker(b.speakers), same_speaker(b.everyone)) for b in pair] == [(1, 0.5)]
 
 
 def test_a_batch_from_one_sequence():
@@ -115,18 +121,56 @@ def test_sequential_is_the_order_given_in_every_epoch():
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize("mode", ["speaker", "sequence", "uniform", "sequential"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_nothing_and_have_equal_numbers_of_whole_batches(world):
+def test_processes_share_nothing_and_have_batches_of_one_size_at_each_step(world, mode):
     for epoch in range(3):
-        ranks = [sampler(rank=rank, world_size=world) for rank in range(world)]
-        for each in ranks:
+        alone = sampler(mode=mode)
+        ranks = [sampler(mode=mode, rank=rank, world_size=world) for rank in range(world)]
+        for each in (alone, *ranks):
             each.set_epoch(epoch)
         given = [list(each) for each in ranks]
-        assert len({len(batches) for batches in given}) == 1
+        for step in zip(*given, strict=True):
+            assert len({len(batch.windows) for batch in step}) == 1
+            every = sorted(name for batch in step for name in batch.speakers)
+            assert all(sorted(batch.everyone) == every for batch in step)
         assert [len(each) for each in ranks] == [len(batches) for batches in given]
-        samples = [set(samples_of(windows_in(batches))) for batches in given]
+        windows = [windows_in(batches) for batches in given]
+        samples = [set(samples_of(own)) for own in windows]
         assert all(not a & b for a, b in itertools.combinations(samples, 2))
-        assert all(len(batch.windows) == 4 for batches in given for batch in batches)
+        # A batch a further process is lost at most, and what is told is what was given.
+        count, used = len(windows_in(alone)), sum(map(len, windows))
+        assert count - used <= 4 * (world - 1)
+        for each in ranks:
+            assert sum(each.windows_of().values()) == used
+            assert each.left_out == count - used
+
+
+def test_batches_from_one_sequence_are_not_lost_on_two_processes():
+    lengths = np.random.default_rng(0).integers(200, 1600, 300)
+    ranks = [
+        WindowSampler(
+            lengths, ["anna"] * 300, window=100, batch=8, mode="sequence", rank=i, world_size=2
+        )
+        for i in range(2)
+    ]
+    used = sum(len(windows_in(each)) for each in ranks)
+    assert used == sum(ranks[0].windows_of().values())
+    assert ranks[0].left_out <= 8
+    assert used > 0.94 * (lengths // 100).sum()
+    # Small and large batches take turns.
+    ranks[0].set_epoch(0)
+    sizes = [len(batch.windows) for batch in ranks[0]]
+    assert abs(np.mean(sizes[: len(sizes) // 2]) - np.mean(sizes)) < 0.5
+
+
+@pytest.mark.parametrize("straddle", [False, True])
+def test_what_is_enough_for_the_processes_is_so_in_every_epoch(straddle):
+    # Nine windows make two batches, eight one: no offset may then cost a window.
+    pair = WindowSampler([900], ["anna"], window=100, batch=8, straddle=straddle, world_size=2)
+    for epoch in range(60):
+        pair.set_epoch(epoch)
+        assert len(pair) == 1
 
 
 def test_smaller_batches_are_kept_on_one_process():
@@ -171,7 +215,7 @@ def test_another_seed_or_epoch_is_another_order():
         ([500], ["a"], {"rank": 2, "world_size": 2}, "rank 2 of 2"),
         ([500], ["a", "b"], {}, "2 speakers for 1 recordings"),
         ([500, 0], ["a", "b"], {}, "empty"),
-        ([500], ["a"], {"world_size": 2}, "1 whole batches for 2 processes"),
+        ([300], ["a"], {"world_size": 2}, "1 batches for 2 processes"),
     ],
 )  # fmt: skip
 def test_bad_input(lengths, speakers, options, words):

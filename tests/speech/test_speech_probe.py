@@ -136,6 +136,15 @@ def test_linear_by_adam_learns_and_repeats(standardise):
     assert (train[0][0].predict(x) == y).double().mean() > best - 0.03
 
 
+def test_linear_sees_windows_in_a_drawn_order():
+    # Features that tell nothing, all of class 0 before all of class 1: the last class seen, were
+    # they not shuffled, would be the answer.
+    x, y = [torch.ones(4, 2)] * 80, [torch.full((4,), int(i >= 40)) for i in range(80)]
+    for seed in range(3):
+        fit = train_linear(x, y, 2, batch=1, epochs=1, lr=0.05, standardise=False, seed=seed)[0]
+        assert 0.1 < fit.scores(x[0]).softmax(1)[0, 1] < 0.9
+
+
 def test_linear_takes_one_step_of_the_papers_adam():
     # One step of Adam moves each entry by lr * g / (|g| + eps): by lr, whatever the gradient.
     x, y = clouds(n=64)
@@ -157,10 +166,10 @@ def test_accuracy_is_exact_however_it_is_batched():
     assert found.right.tolist() == [2, 2, 0]
 
 
-def test_accuracy_of_unequal_utterances_is_pooled_and_chance_is_of_the_training_set():
+def test_accuracy_of_unequal_utterances_is_pooled_and_chance_is_the_best_constant_answer():
     labels = [torch.tensor([0]), torch.tensor([1, 1, 1, -1])]
-    found = accuracy([torch.tensor([0]), torch.tensor([0, 0, 0, 0])], labels, 2, prior=[9, 1])
-    assert (found.accuracy, found.chance) == (0.25, 0.25)
+    found = accuracy([torch.tensor([0]), torch.tensor([0, 0, 0, 0])], labels, 2)
+    assert (found.accuracy, found.chance) == (0.25, 0.75)
     assert found.counts.tolist() == [1, 3]
 
 

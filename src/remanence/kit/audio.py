@@ -1,23 +1,8 @@
-"""Where recordings come from: one grammar for every command, read by libsndfile.
-
-| written as | is |
-|---|---|
-| `FILE.wav`, `.flac`, ... | one recording |
-| `FOLDER` | every recording below it and below folders linked there, sorted |
-| `"FOLDER/*_[0-2].wav"` | those that match (quote it); `**` goes down folders |
-| `LIST.txt` | a path a line, from the list's own folder; `#` begins a comment |
-
-A recording's name is its path within the source, without the suffix. Outputs are written under it,
-so it never leads out of a folder.
-"""
+"""Samples of recordings: read, looked at, written, and their cepstra."""
 
 from __future__ import annotations
 
-import glob
 import io
-import os
-import re
-import struct
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,88 +16,14 @@ import torch
 from torch import Tensor
 
 from remanence.errors import InputError
-from remanence.kit.progress import track
+from remanence.kit.recordings import Recording, open_recording, reason
 from remanence.kit.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable
 
-SUFFIXES = frozenset(
-    f".{name}"
-    for name in (
-        *("wav", "flac", "ogg", "opus", "mp3", "aif", "aiff", "aifc"),
-        *("au", "snd", "caf", "w64", "rf64", "nist", "sph", "voc"),
-    )
-)
 FRAME_RATE = 100  # MFCC frames a second
-MANY = 1000  # recordings whose headers take long enough to read for a bar
 FULL_SCALE = 1 - 2.0**-15  # the largest sample of 16 bits
-OGG_PAGE = 27 + 255 + 255 * 255  # the most bytes of one
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A recording whose header was read.
-
-    Attributes:
-        path: The file.
-        name: Its path within the source without the suffix, with forward slashes.
-        sample_rate: Samples a second.
-        frames: Samples of each channel.
-        channels: Channels.
-    """
-
-    path: Path
-    name: str
-    sample_rate: int
-    frames: int
-    channels: int
-
-    @property
-    def seconds(self) -> float:
-        """How long it lasts."""
-        return self.frames / self.sample_rate
-
-
-def list_recordings(source: str | Path, *, broken: dict[str, str] | None = None) -> list[Recording]:
-    """Return the recordings of a source, in the order of their names (a list: its own order).
-
-    Only headers are read.
-
-    Args:
-        source: As above.
-        broken: Where given, unreadable recordings are left out and put here, by name with the
-            reason.
-
-    Raises:
-        InputError: The source holds no recording, one is empty, cut off or unreadable, or two
-            share one name.
-    """
-    paths, root = _paths(str(source))
-    if not paths:
-        raise InputError(
-            f"{source} holds no recordings: give a folder, a file, a quoted glob or a .txt list of "
-            f"{', '.join(sorted(SUFFIXES)[:3])}, .wav ... files"
-        )
-    names = [_name(path, root) for path in paths]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise InputError(
-            f"{source}: {counted(len(twice), 'name')} {'stands' if len(twice) == 1 else 'stand'} "
-            f"for two recordings, such as {twice[0]!r}: rename one, names without suffix tell "
-            "recordings apart"
-        )
-    pairs = list(zip(paths, names, strict=True))
-    files = track(pairs, f"headers of {len(paths):,} recordings", show=len(paths) >= MANY)
-    found = []
-    for path, name in files:
-        try:
-            found.append(_opened(path, name))
-        except InputError as error:
-            if broken is None:
-                raise
-            broken[name] = str(error)
-    return found
 
 
 def read_audio(
@@ -133,11 +44,11 @@ def read_audio(
             Ogg file cut off between two of its pages passes for a shorter recording.)
     """
     if isinstance(recording, Path):
-        recording = _opened(recording, recording.stem)
+        recording = open_recording(recording, recording.stem)
     try:
         wave, rate = soundfile.read(recording.path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
-        raise InputError(f"recording {recording.path} cannot be read: {_reason(error)}") from None
+        raise InputError(f"recording {recording.path} cannot be read: {reason(error)}") from None
     if len(wave) < recording.frames:
         raise InputError(
             f"recording {recording.path} is cut off: {len(wave)} of {recording.frames} samples"
@@ -153,149 +64,6 @@ def read_audio(
     if sample_rate is not None and sample_rate != rate:
         wave = soxr.resample(wave, rate, sample_rate, quality="VHQ")
     return torch.from_numpy(np.ascontiguousarray(wave[:, 0] if mono else wave.T))
-
-
-def write_wav(path: Path, wave: Tensor, sample_rate: int, *, subtype: str = "PCM_16") -> int:
-    """Write a recording whole or not at all; the suffix says the format (.wav, .flac, ...).
-
-    Args:
-        path: File to write.
-        wave: (T,) or (C, T), full scale 1.
-        sample_rate: Samples a second.
-        subtype: libsndfile's name of the sample format, such as `PCM_16`, `PCM_24` or `FLOAT`.
-
-    Returns:
-        How many samples lay beyond full scale and were cut there; 0 for floats, which keep them.
-
-    Raises:
-        InputError: The format does not take the subtype.
-        OSError: The file cannot be written.
-    """
-    major = path.suffix[1:].upper()
-    if not soundfile.check_format(major, subtype):
-        raise InputError(
-            f"{path.suffix} does not hold {subtype} samples: give one of "
-            f"{', '.join(soundfile.available_subtypes(major)) or 'no subtype of it; write .wav'}"
-        )
-    values = wave.detach().cpu().float().numpy()
-    whole = subtype not in {"FLOAT", "DOUBLE"}
-    beyond = int((np.abs(values) > 1).sum()) if whole else 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    encoded = io.BytesIO()  # libsndfile says nothing where a full disk lacks room for a flac's end
-    soundfile.write(
-        encoded,
-        np.clip(values, -1, 1).T if whole else values.T,
-        sample_rate,
-        subtype=subtype,
-        format=major,
-    )
-    try:
-        partial.write_bytes(encoded.getbuffer())
-        partial.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            partial.unlink()
-    return beyond
-
-
-def groups_of(names: Iterable[str], pattern: str) -> dict[str, dict[str, str]]:
-    """Return what each name tells.
-
-    Args:
-        names: Names of recordings.
-        pattern: Regular expression for the beginning of a name, with named groups:
-            `(?P<phone>[0-9])_(?P<speaker>[a-z]+)_`.
-
-    Raises:
-        InputError: The pattern is none, has no group, or does not match a name.
-    """
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{pattern!r} is no regular expression: {error}") from None
-    if not compiled.groupindex:
-        raise InputError(f"pattern {pattern!r} has no named group: write (?P<speaker>...)")
-    found = {}
-    for name in names:
-        match = compiled.match(name)
-        if match is None:
-            raise InputError(f"recording {name!r} does not match {pattern!r}: mend the pattern")
-        found[name] = {group: value or "" for group, value in match.groupdict().items()}
-    return found
-
-
-def speakers_of(recordings: Sequence[Recording], names: str | None = None) -> dict[str, str]:
-    """Return the speaker of each recording by its name.
-
-    Args:
-        recordings: The recordings.
-        names: Regular expression with the group `speaker` (see `groups_of`); None takes the first
-            folder of each name.
-
-    Raises:
-        InputError: The pattern has no such group or does not match, or recordings lie in no folder.
-    """
-    if names is not None:
-        found = groups_of((recording.name for recording in recordings), names)
-        if "(?P<speaker>" not in names:
-            raise InputError(f"pattern {names!r} has no group (?P<speaker>...): add it")
-        return {name: groups["speaker"] for name, groups in found.items()}
-    bare = [recording.name for recording in recordings if "/" not in recording.name]
-    if bare:
-        raise InputError(
-            f"no telling who speaks in {bare[0]!r}: put each speaker's recordings in a folder, or "
-            "give --names with a group (?P<speaker>...)"
-        )
-    return {recording.name: recording.name.split("/")[0] for recording in recordings}
-
-
-def mfcc(wave: Tensor, sample_rate: int, *, coefficients: int = 13, deltas: bool = False) -> Tensor:
-    """Mel-frequency cepstral coefficients, their mean over the recording taken off.
-
-    Pre-emphasis 0.97, Hamming windows of 25 ms every 10 ms, 23 mel bands, liftering with 22. The
-    first window is centred at 5 ms, so that frame i tells of (i + 0.5) * 10 ms, as the frames of a
-    convolution with stride 10 ms do.
-
-    Args:
-        wave: (T,), full scale 1.
-        sample_rate: Samples a second, a multiple of 100.
-        coefficients: How many, the zeroth among them.
-        deltas: Whether to append first and second differences over time.
-
-    Returns:
-        float32 (S, D), S = max(1, T // 10 ms), D = coefficients, or three times as many.
-
-    Raises:
-        InputError: 10 ms are no whole number of samples.
-    """
-    if sample_rate % FRAME_RATE:
-        raise InputError(f"MFCC at {sample_rate} Hz: give a multiple of 100, such as 16000")
-    import librosa
-
-    hop, window = sample_rate // FRAME_RATE, sample_rate // 40
-    size = 1 << (window - 1).bit_length()
-    pad, short = size - hop, max(0, hop - len(wave))
-    # Kaldi's settings: without the lifter, ABX errors of spoken digits are twice as high.
-    samples = wave.double().numpy()
-    samples = np.append(samples[:1], samples[1:] - 0.97 * samples[:-1])
-    power = librosa.feature.melspectrogram(
-        y=np.pad(samples, (pad // 2, pad - pad // 2 + short)),
-        sr=sample_rate,
-        n_fft=size,
-        win_length=window,
-        hop_length=hop,
-        window="hamming",
-        center=False,
-        n_mels=23,
-        htk=True,
-    )
-    found = librosa.feature.mfcc(S=librosa.power_to_db(power), n_mfcc=coefficients, lifter=22)
-    found = found - found.mean(1, keepdims=True)
-    if deltas:
-        more = [librosa.feature.delta(found, order=k, mode="nearest") for k in (1, 2)]
-        found = np.concatenate([found, *more])
-    return torch.from_numpy(np.ascontiguousarray(found.T, np.float32))
 
 
 @dataclass
@@ -357,119 +125,93 @@ def _are(number: int) -> str:
     return "is" if number == 1 else "are"
 
 
-def _paths(source: str) -> tuple[list[Path], Path]:
-    path = Path(source)
-    if path.is_dir():
-        return sorted(p for p in _below(path) if _is_audio(p)), path
-    if path.suffix.lower() == ".txt" and path.is_file():
-        paths = _listed(path)
-        folders = [os.path.dirname(os.path.abspath(p)) for p in paths]  # noqa: PTH100, PTH120  # pathlib does not take `..` off
-        return paths, Path(os.path.commonpath(folders)) if paths else path.parent
-    if path.is_file():
-        return [path], path.parent
-    matched = sorted(Path(p) for p in glob.glob(source, recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
-    if matched:
-        fixed = re.split(r"[*?\[]", source, maxsplit=1)[0]
-        root = Path(fixed) if fixed.endswith("/") else Path(fixed).parent
-        return [p for p in matched if _is_audio(p) and not p.is_dir()], root
-    if not path.exists() and glob.escape(source) == source:
-        raise InputError(f"{source}: there is no such file or folder")
-    return [], path
+def write_wav(path: Path, wave: Tensor, sample_rate: int, *, subtype: str = "PCM_16") -> int:
+    """Write a recording whole or not at all; the suffix says the format (.wav, .flac, ...).
 
+    Args:
+        path: File to write.
+        wave: (T,) or (C, T), full scale 1.
+        sample_rate: Samples a second.
+        subtype: libsndfile's name of the sample format, such as `PCM_16`, `PCM_24` or `FLOAT`.
 
-def _below(folder: Path) -> Iterator[Path]:
-    """The files below a folder, and below those linked there; no folder is entered twice."""
-    entered, waiting = set(), [folder]
-    while waiting:
-        for base, folders, files in os.walk(waiting.pop(0)):
-            real = os.path.realpath(base)
-            if real in entered:
-                folders.clear()
-                continue
-            entered.add(real)
-            folders.sort()
-            yield from (Path(base, name) for name in files)
-            # Later than all that lies here itself, which keeps its own name.
-            waiting += [linked for name in folders if (linked := Path(base, name)).is_symlink()]
+    Returns:
+        How many samples lay beyond full scale and were cut there; 0 for floats, which keep them.
 
-
-def _listed(path: Path) -> list[Path]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is no UTF-8 text: write a path a line") from None
-    paths = []
-    for number, line in enumerate(map(str.strip, lines), 1):
-        if not line or line.startswith("#"):
-            continue
-        paths.append(path.parent / line)
-        if not paths[-1].is_file():
-            raise InputError(f"{path}, line {number}: there is no file {paths[-1]}")
-    return paths
-
-
-def _is_audio(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-
-
-def _name(path: Path, root: Path) -> str:
-    # `..` is taken off by the letters: what is written under the name stays in its folder.
-    inside = Path(os.path.relpath(path, root)).with_suffix("")
-    if ".." in inside.parts:
+    Raises:
+        InputError: The format does not take the subtype.
+        OSError: The file cannot be written.
+    """
+    major = path.suffix[1:].upper()
+    if not soundfile.check_format(major, subtype):
         raise InputError(
-            f"recording {path} lies outside of {root}: give a folder that holds both, or a list"
+            f"{path.suffix} does not hold {subtype} samples: give one of "
+            f"{', '.join(soundfile.available_subtypes(major)) or 'no subtype of it; write .wav'}"
         )
-    return inside.as_posix()
-
-
-def _opened(path: Path, name: str) -> Recording:
+    values = wave.detach().cpu().float().numpy()
+    whole = subtype not in {"FLOAT", "DOUBLE"}
+    beyond = int((np.abs(values) > 1).sum()) if whole else 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    encoded = io.BytesIO()  # libsndfile says nothing where a full disk lacks room for a flac's end
+    soundfile.write(
+        encoded,
+        np.clip(values, -1, 1).T if whole else values.T,
+        sample_rate,
+        subtype=subtype,
+        format=major,
+    )
     try:
-        _check_whole(path)
-        info = soundfile.info(path)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise InputError(f"recording {path} cannot be read: {_reason(error)}") from None
-    if not info.frames:
-        raise InputError(f"recording {path} is empty: record it again or leave it out")
-    return Recording(path, name, info.samplerate, info.frames, info.channels)
+        partial.write_bytes(encoded.getbuffer())
+        partial.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+    return beyond
 
 
-def _check_whole(path: Path) -> None:
-    # libsndfile takes a wav or an Ogg that lacks its end for a shorter one, without a word.
-    size = path.stat().st_size
-    if not size:
-        raise InputError(f"recording {path} is an empty file: record it again or leave it out")
-    with path.open("rb") as stream:
-        head = stream.read(12)
-        if head[:4] == b"OggS":
-            stream.seek(max(0, size - OGG_PAGE))
-            _check_last_page(stream.read(), path)
-        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-            return
-        while len(chunk := stream.read(8)) == 8:
-            kind, length = struct.unpack("<4sI", chunk)
-            if kind != b"data":
-                stream.seek(length + length % 2, os.SEEK_CUR)
-                continue
-            # A writer into a pipe does not know the length, and writes the largest there is.
-            if length < 0x7FFFF000 and stream.tell() + length > size:
-                raise InputError(
-                    f"recording {path} is cut off: its header promises {length} bytes of samples, "
-                    f"it has {size - stream.tell()}"
-                )
-            return
+def mfcc(wave: Tensor, sample_rate: int, *, coefficients: int = 13, deltas: bool = False) -> Tensor:
+    """Mel-frequency cepstral coefficients, their mean over the recording taken off.
 
+    Pre-emphasis 0.97, Hamming windows of 25 ms every 10 ms, 23 mel bands, liftering with 22. The
+    first window is centred at 5 ms, so that frame i tells of (i + 0.5) * 10 ms, as the frames of a
+    convolution with stride 10 ms do.
 
-def _check_last_page(tail: bytes, path: Path) -> None:
-    at = tail.rfind(b"OggS")
-    page = tail[at:]
-    # A page's 27th byte counts its segments, whose lengths follow.
-    segments = page[26] if len(page) > 26 else 1
-    if at >= 0 and len(page) < 27 + segments + sum(page[27 : 27 + segments]):
-        raise InputError(f"recording {path} is cut off: its last page lacks its end")
+    Args:
+        wave: (T,), full scale 1.
+        sample_rate: Samples a second, a multiple of 100.
+        coefficients: How many, the zeroth among them.
+        deltas: Whether to append first and second differences over time.
 
+    Returns:
+        float32 (S, D), S = max(1, T // 10 ms), D = coefficients, or three times as many.
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    text: str = getattr(error, "error_string", str(error))
-    return f"{text.rstrip('.')}; is it a recording? Mend it or leave it out"
+    Raises:
+        InputError: 10 ms are no whole number of samples.
+    """
+    if sample_rate % FRAME_RATE:
+        raise InputError(f"MFCC at {sample_rate} Hz: give a multiple of 100, such as 16000")
+    import librosa
+
+    hop, window = sample_rate // FRAME_RATE, sample_rate // 40
+    size = 1 << (window - 1).bit_length()
+    pad, short = size - hop, max(0, hop - len(wave))
+    # Kaldi's settings: without the lifter, ABX errors of spoken digits are twice as high.
+    samples = wave.double().numpy()
+    samples = np.append(samples[:1], samples[1:] - 0.97 * samples[:-1])
+    power = librosa.feature.melspectrogram(
+        y=np.pad(samples, (pad // 2, pad - pad // 2 + short)),
+        sr=sample_rate,
+        n_fft=size,
+        win_length=window,
+        hop_length=hop,
+        window="hamming",
+        center=False,
+        n_mels=23,
+        htk=True,
+    )
+    found = librosa.feature.mfcc(S=librosa.power_to_db(power), n_mfcc=coefficients, lifter=22)
+    found = found - found.mean(1, keepdims=True)
+    if deltas:
+        more = [librosa.feature.delta(found, order=k, mode="nearest") for k in (1, 2)]
+        found = np.concatenate([found, *more])
+    return torch.from_numpy(np.ascontiguousarray(found.T, np.float32))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +14,22 @@ from torch import Tensor
 
 from remanence.errors import InputError
 from remanence.jobs.options import check_options
-from remanence.jobs.speech.abx_items import check_slices, check_sources, open_items
+from remanence.jobs.speech.abx_items import Listed, check_slices, check_sources, open_items
 from remanence.jobs.speech.abx_report import build_report
 from remanence.jobs.speech.abx_scores import (
-    Scored,
+    BySide,
     chosen,
     compared,
     figures,
+    how_sure,
     load_shards,
+    of_what,
     save_cells,
     score,
     sides,
     write_tables,
 )
+from remanence.jobs.speech.abx_words import in_options
 from remanence.jobs.speech.features import Features, open_features, rate_doubt
 from remanence.kit.devices import launch
 from remanence.kit.progress import say, track
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 CHANCE = 50.0
-OWN = frozenset({"rank", "merge", "features"})  # options in which shards may differ
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,14 +117,15 @@ def abx(
             seconds; or a .csv or .tsv with those columns, of which file and phone must be there.
         names: Regular expression for the beginning of a file's name, with groups phone, speaker,
             prev and next: '(?P<phone>[0-9])_(?P<speaker>[a-z]+)_'. Alone it makes an item of each
-            file; with alignments it tells speakers, by default the first folder of a name.
+            file that it matches; with alignments, or a table without speakers, it tells who speaks,
+            by default the first folder of a name.
         textgrid: Folder of .TextGrid files.
         phn: Folder of .phn files, as of TIMIT.
         frame_labels: File with 'name label label ...' a line, a label a frame.
         audio: Recordings: a folder, a file, a quoted glob or a .txt list. With a folder of features
             their durations are checked.
         frame_rate: Frames a second of the features in a folder or of FILE.py:FUNCTION; by default
-            what speech extract wrote down, else 100.
+            the times in .npz files, what speech extract wrote down, else 100.
         compare: Other features, to be compared on the same items.
         compare_frame_rate: Their frames a second, where it is another.
         compare_layer: Their layer, where it is another.
@@ -151,7 +153,8 @@ def abx(
         seq_norm: See speech extract.
         sample_rate: Sample rate that FILE.py:FUNCTION takes.
         device: Where to compute. torchrun shares the work among processes.
-        rank: Which shard this run is, from 0; without torchrun.
+        rank: Which shard this run is, from 0; without torchrun. OUT is taken as it is: give each
+            shard its own, all in one folder for --merge.
         world_size: Number of shards, each a run of its own.
         merge: Add the shards' runs in the folder FEATURES; exact. No other option is needed.
         seed: Of what is drawn.
@@ -164,7 +167,10 @@ def abx(
     shard = (rank, world_size) if world_size > 1 else (fabric.global_rank, fabric.world_size)
     if world_size > 1 and fabric.world_size > 1:
         raise InputError("--world-size: torchrun shares the work already; leave it out")
-    with run_folder(out, "speech abx", options, seed=seed, rank=fabric.global_rank) as run:
+    with (
+        run_folder(out, "speech abx", options, seed=seed, rank=fabric.global_rank) as run,
+        in_options(),
+    ):
         opened = {"first": _open(options, fabric.device)}
         if compare is not None:
             opened["second"] = _open(_of_second(options), fabric.device)
@@ -173,24 +179,26 @@ def abx(
         for side, own in some.items():
             check_cells(own, side, context)
         wanted = dict.fromkeys(file for own in some.values() for file in own.file)
-        used = listed.items[np.isin(listed.items.file, list(wanted))]
+        used = listed.items[np.array([file in wanted for file in listed.items.file])]
         matrices: dict[str, dict[str, Tensor]] = {}
+        when: dict[str, dict[str, Any]] = {}
         doubts: list[str] = []
         for name, source in opened.items():
             matrices[name] = _matrices(source, wanted, show=run.first)
+            when[name] = source.when(wanted)
             check_features(matrices[name], distance)
             if doubt := rate_doubt(used, source):
                 doubts.append(doubt if compare is None else f"the {name} {doubt}")
             for own in some.values():
-                check_slices(own, matrices[name], source.rate, slicing, drop_empty=drop_empty)
-        for doubt in doubts if run.first else []:
-            say(doubt)
-        scored: dict[str, dict[Speaker, Scored]] = {}
-        for name, source in opened.items():
+                check_slices(own, matrices[name], when[name], slicing, drop_empty=drop_empty)
+        for remark in [*listed.remarks, *doubts] if run.first else []:
+            say(remark)
+        scored: dict[str, BySide] = {}
+        for name in opened:
             scored[name] = {
                 side: score(
                     matrices[name],
-                    source.rate,
+                    when[name],
                     own,
                     side,
                     options,
@@ -202,7 +210,7 @@ def abx(
                 )
                 for side, own in some.items()
             }
-        about = _about(listed.items, listed.source, opened, options, doubts)
+        about = _about(listed, opened, options, doubts)
         if world_size > 1:
             return _leave_shard(run, about, scored, out)
         return _leave(run, about, scored, out)
@@ -260,8 +268,7 @@ def _gather(result: AbxResult, fabric: Fabric) -> list[AbxResult]:
 
 
 def _about(
-    items: Any,
-    source: str,
+    listed: Listed,
     opened: Mapping[str, Features],
     options: Mapping[str, Any],
     doubts: list[str],
@@ -274,11 +281,12 @@ def _about(
             name: f"{text}, layer {layer}"
             for (name, text), layer in zip(named.items(), layers, strict=True)
         }
+    items = listed.items
     return {
         "features": named,
         "frame_rate": {name: one.rate for name, one in opened.items()},
         "items": {
-            "source": source,
+            "source": listed.source,
             "listed": len(items),
             "files": len(set(items.file)),
             "phones": len(set(items.phone)),
@@ -289,7 +297,7 @@ def _about(
         "unit": "per cent",
         "chance": CHANCE,
         "doubts": doubts,
-        "remarks": _remarks(opened),
+        "remarks": [*listed.remarks, *_remarks(opened)],
     }
 
 
@@ -303,18 +311,18 @@ def _remarks(opened: Mapping[str, Features]) -> list[str]:
 
 
 def _leave_shard(
-    run: RunFolder, about: Mapping[str, Any], scored: Mapping[str, Mapping[Speaker, Scored]],
-    out: Path,
-) -> Scores:  # fmt: skip
+    run: RunFolder, about: Mapping[str, Any], scored: Mapping[str, BySide], out: Path
+) -> Scores:
     """Write what a merge needs."""
-    for name, found in scored.items():
-        for side, one in found.items():
-            save_cells(run.path(f"cells-{name}-{side}.npz"), one)
+    save_cells(run.path, scored)
     shard = [run.facts["options"]["rank"], run.facts["options"]["world_size"]]
     results = {
         "shard": shard,
         "about": about,
-        "scored": {name: list(found) for name, found in scored.items()},
+        "draws": {
+            name: {side: len(one.draws) for side, one in found.items()}
+            for name, found in scored.items()
+        },
     }
     run.write_results(results)
     say(f"shard {shard[0]} of {shard[1]} is counted; --merge adds the shards")
@@ -322,9 +330,8 @@ def _leave_shard(
 
 
 def _leave(
-    run: RunFolder, about: Mapping[str, Any], scored: Mapping[str, Mapping[Speaker, Scored]],
-    out: Path,
-) -> Scores:  # fmt: skip
+    run: RunFolder, about: Mapping[str, Any], scored: Mapping[str, BySide], out: Path
+) -> Scores:
     """Write results, tables, counts and the report."""
     first = scored["first"]
     found: dict[Speaker, Comparison] = {}
@@ -339,16 +346,14 @@ def _leave(
     if run.first:
         run.write_results(results)
         write_tables(run.path, scored)
-        for name, own in scored.items():
-            for side, one in own.items():
-                save_cells(run.path(f"cells-{name}-{side}.npz"), one)
+        save_cells(run.path, scored)
         report = build_report(results, scored)
         report.section("Run")
         report.facts(run.summary())
         report.write(run.path("report.html"))
-        for side, row in results["first"].items():
-            sure = "" if math.isnan(row["low"]) else f", {row['low']:.2f} to {row['high']:.2f}"
-            say(f"{side} speakers: {row['error']:.2f} %{sure}")
+        for name in scored:
+            for side, row in results[name].items():
+                say(f"{of_what(side, name, scored)}: {row['error']:.2f} %{how_sure(row)}")
         for side, row in results.get("comparison", {}).items():
             say(f"{side} speakers: {row['verdict']}")
     either = {side: one.result for side, one in first.items()}
@@ -357,22 +362,21 @@ def _leave(
 
 def _merge(folder: Path, out: Path) -> Scores:
     """Add the shards in a folder."""
-    shards = _shards(folder)
-    options = shards[0][1]
+    shards, options = _shards(folder)
     with run_folder(out, "speech abx", options | {"merge": True}, seed=options["seed"]) as run:
-        results = json.loads((shards[0][0] / "results.json").read_text(encoding="utf-8"))
+        told = [json.loads((p / "results.json").read_text(encoding="utf-8")) for p in shards]
+        about = told[0]["about"]
+        if any(own["about"] != about for own in told):
+            raise InputError(f"{folder}: features or items changed between shards; run all anew")
         scored = {
-            name: {
-                side: load_shards([p / f"cells-{name}-{side}.npz" for p, _ in shards], options)
-                for side in found
-            }
-            for name, found in results["scored"].items()
+            name: {side: load_shards(shards, name, side, n, options) for side, n in found.items()}
+            for name, found in told[0]["draws"].items()
         }
-        return _leave(run, results["about"], scored, out)
+        return _leave(run, about, scored, out)
 
 
-def _shards(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the shards in a folder, in order, with their options.
+def _shards(folder: Path) -> tuple[list[Path], dict[str, Any]]:
+    """Return the shards in a folder, in order, and their options.
 
     Raises:
         InputError: There are none, one is missing or there twice, or they are of different runs.
@@ -390,13 +394,16 @@ def _shards(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
         raise InputError(f"{folder}: holds no runs with --rank and --world-size")
     first = next(iter(found.values()))[1]
     for path, options in found.values():
-        differing = [k for k in first if k not in OWN and options.get(k) != first[k]]
+        differing = [k for k in first if k != "rank" and options.get(k) != first[k]]
         if differing:
-            flag = differing[0].replace("_", "-")
-            raise InputError(f"{path}: --{flag} is another than in the other shards; run it again")
+            flag, one, other = differing[0], options.get(differing[0]), first[differing[0]]
+            raise InputError(
+                f"{path}: --{flag.replace('_', '-')} is {one}, in another shard {other}; run it "
+                "again"
+            )
     lacking = sorted(set(range(first["world_size"])) - found.keys())
     if lacking:
         raise InputError(
             f"{folder}: shard {lacking[0]} of {first['world_size']} is missing; run it first"
         )
-    return [found[i] for i in sorted(found)]
+    return [found[i][0] for i in sorted(found)], first

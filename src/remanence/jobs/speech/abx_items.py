@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +15,18 @@ from torch import Tensor
 
 from remanence.errors import InputError
 from remanence.jobs.speech.features import SLACK, Features
-from remanence.jobs.speech.label_files import alignments, read_rows, read_text
-from remanence.kit.audio import groups_of
+from remanence.jobs.speech.label_files import (
+    PHN_RATE,
+    alignments,
+    known_names,
+    read_rows,
+    read_text,
+)
+from remanence.kit.recordings import groups_of
+from remanence.kit.words import counted
 from remanence.speech.abx.items import Items, most_common
 from remanence.speech.abx.slicing import Slicing, slice_frames
 
-PHN_RATE = 16_000  # samples a second of .phn files
 LABEL_RATE = 100  # labels a second
 STRESS = re.compile(r"^([A-Za-z]+)[012]$")
 SOURCES = ("items", "textgrid", "phn", "frame_labels")
@@ -34,10 +39,12 @@ class Listed:
     Attributes:
         items: The items, under the names of the features.
         source: Where they come from, in words.
+        remarks: What there is to say of them.
     """
 
     items: Items
     source: str
+    remarks: tuple[str, ...] = ()
 
 
 def check_sources(options: Mapping[str, Any]) -> None:
@@ -57,6 +64,8 @@ def check_sources(options: Mapping[str, Any]) -> None:
             "of files tell what they are"
         )
     source = given[0] if given else "names"
+    if source == "items" and options["names"] is not None and not _is_table(options["items"]):
+        raise InputError(f"--names: {options['items']} says who speaks; leave one of them out")
     aligned = source in {"textgrid", "phn", "frame_labels"}
     for name, good, usual in (
         ("tier", source == "textgrid", "phones"),
@@ -83,8 +92,9 @@ def open_items(features: Features, options: Mapping[str, Any]) -> Listed:
     names, span = options["names"], options["span"]
     rate = options["label_rate"]
     where = options[source]
+    remarks: tuple[str, ...] = ()
     if source == "items":
-        items = _table(where, names) if where.suffix in {".csv", ".tsv"} else Items.read(where)
+        items = _table(where, names) if _is_table(where) else Items.read(where)
     elif source == "textgrid":
         texts = _texts(where, ".textgrid")
         items = Items.from_textgrid(texts, _speakers(texts, names), tier=options["tier"], span=span)
@@ -98,48 +108,72 @@ def open_items(features: Features, options: Mapping[str, Any]) -> Listed:
         items = Items.from_frame_labels(
             labels, _speakers(labels, names), rate=rate or LABEL_RATE, span=span
         )
-        _check_lengths(labels, features, rate or LABEL_RATE)
+        if not features.timed:
+            _check_lengths(labels, features, rate or LABEL_RATE)
     else:
-        items = Items.from_file_names(features.names, names)
+        matching = _matching(features.names, names)
+        items = Items.from_file_names(matching, names)
+        if left := len(features) - len(matching):
+            remarks = (f"left out, as --names does not match: {left:,} of {len(features):,} files",)
     if options["without_stress"]:
         items = replace(
             items, phone=_plain(items.phone), prev=_plain(items.prev), next=_plain(items.next)
         )
     items = _under_names(items, features)
     said = "names of files" if source == "names" else str(where)
-    return Listed(items, said)
+    return Listed(items, said, remarks)
 
 
 def check_slices(
     items: Items,
     features: Mapping[str, Tensor],
-    rate: float,
+    when: Mapping[str, Any],
     slicing: Slicing,
     *,
     drop_empty: bool,
 ) -> None:
     """Refuse items that lie outside their features, or have no frame where that is not allowed.
 
+    Args:
+        items: The items.
+        features: Features of each file.
+        when: `frame_rate` or `times`, as of `Features.when`.
+        slicing: Which frames items have.
+        drop_empty: Whether items may have none.
+
     Raises:
         InputError: Names the first ones.
     """
-    empty = without_frames(items, features, rate, slicing)
+    empty = without_frames(items, features, when, slicing)
     if empty.any() and not drop_empty:
-        which = most_common(items.describe(i) for i in np.flatnonzero(empty).tolist())
+        which = [items.describe(i) for i in np.flatnonzero(empty).tolist()]
         raise InputError(
-            f"{int(empty.sum())} items have no frame: {which}; check --frame-rate, or leave them "
-            "out by --drop-empty"
+            f"{counted(len(which), 'item')} {'has' if len(which) == 1 else 'have'} no frame: "
+            f"{most_common(which)}; check --frame-rate, or leave out what has none by --drop-empty"
         )
 
 
 def without_frames(
-    items: Items, features: Mapping[str, Tensor], rate: float, slicing: Slicing
+    items: Items, features: Mapping[str, Tensor], when: Mapping[str, Any], slicing: Slicing
 ) -> NDArray[np.bool_]:
     """Return which items have no frame."""
     lengths = {name: len(frames) for name, frames in features.items()}
-    start, stop = slice_frames(items, lengths, frame_rate=rate, slicing=slicing)
+    start, stop = slice_frames(items, lengths, slicing=slicing, **when)
     empty: NDArray[np.bool_] = start == stop
     return empty
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix in {".csv", ".tsv"}
+
+
+def _matching(files: Sequence[str], names: str) -> list[str]:
+    """Return the files that `names` speaks of."""
+    groups_of((), names)  # refuses what is no regular expression
+    found = [file for file in files if re.match(names, file)]
+    if not found:
+        raise InputError(f"--names {names!r}: no name matches, as {files[0]!r}; mend the pattern")
+    return found
 
 
 def _plain(labels: NDArray[np.object_]) -> NDArray[np.object_]:
@@ -147,10 +181,8 @@ def _plain(labels: NDArray[np.object_]) -> NDArray[np.object_]:
 
 
 def _under_names(items: Items, features: Features) -> Items:
-    """Name files as features are: by their name, or the last part of it where that is one's own."""
-    last = Counter(name.rpartition("/")[2] for name in features.names)
-    known = {short: name for name in features.names if last[short := name.rpartition("/")[2]] == 1}
-    known |= {name: name for name in features.names}
+    """Name files as features are."""
+    known = known_names(features.names)
     features.require(file for file in items.file if file not in known)
     return replace(items, file=np.array([known[file] for file in items.file], dtype=object))
 
@@ -203,6 +235,8 @@ def _table(path: Path, names: str | None) -> Items:
         if any(row[name] is None for row in rows) or None in rows[0]:
             raise InputError(f"{path}: a line has more or fewer columns than the header; mend it")
         columns[name.strip().lstrip("#")] = [row[name].strip() for row in rows]
+    if "speaker" in columns and names is not None:
+        raise InputError(f"--names: {path} says who speaks; leave one of them out")
     if "speaker" not in columns and "file" in columns:
         told = _speakers(dict.fromkeys(columns["file"]), names)
         columns["speaker"] = [told[file] for file in columns["file"]]

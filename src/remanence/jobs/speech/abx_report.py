@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from remanence.jobs.speech.abx_scores import BySide, Scored
+from remanence.jobs.speech.abx_scores import BySide, Scored, no_error, of_what
 from remanence.kit.report import Cell, Report
+from remanence.kit.words import counted
 
 MOST = 45  # phones of a heat map, names of a bar chart
 HARDEST = 10
@@ -47,6 +48,11 @@ def build_report(results: Mapping[str, Any], scored: Mapping[str, BySide]) -> Re
         + "; ".join(SAID[side] for side in first)
         + f". The error is the mean {_mean(results['aggregate'])}.",
     )
+    for name in scored:
+        for side, row in results[name].items():
+            if not row["error"]:
+                text = of_what(side, name, scored)
+                report.text(f"{text.capitalize()}: {no_error(row)}.")
     for sentence in results["doubts"]:
         report.text(f"Take care: {sentence}")
     for remark in results["remarks"]:
@@ -78,8 +84,8 @@ def build_report(results: Mapping[str, Any], scored: Mapping[str, BySide]) -> Re
                 ("in no cell: nothing like them to compare with", "items_in_no_cell"),
             )
         ],
-        f"{listed['listed']:,} items were listed, in {listed['files']:,} files; "
-        f"{listed['files_without_items']:,} more files have features and no items.",
+        f"Listed: {counted(listed['listed'], 'item')} in {counted(listed['files'], 'file')}. "
+        f"Other files that have features, and no items: {listed['files_without_items']:,}.",
     )
     return report
 

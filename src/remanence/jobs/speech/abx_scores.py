@@ -18,7 +18,7 @@ from torch import Tensor
 from remanence.errors import InputError
 from remanence.jobs.speech.abx_items import without_frames
 from remanence.kit.progress import bar
-from remanence.speech.abx.cells import Speaker, fixed_subsample
+from remanence.speech.abx.cells import Context, Speaker, context_names, fixed_subsample
 from remanence.speech.abx.items import Items
 from remanence.speech.abx.score import AbxResult, Comparison, merge, run
 from remanence.speech.abx.statistics import Cells
@@ -36,16 +36,19 @@ class Scored:
     """An error within or across speakers.
 
     Attributes:
-        result: The error and its cells.
+        draws: The error and its cells, of each draw; one where nothing was drawn.
         items: How many items were to be scored.
         groups: How many of them, those with frames, are of a context, speaker and phone.
-        draws: Errors of all draws, the first being the result's; one where nothing was drawn.
     """
 
-    result: AbxResult
+    draws: tuple[AbxResult, ...]
     items: int
     groups: Counter[Group]
-    draws: tuple[float, ...]
+
+    @property
+    def result(self) -> AbxResult:
+        """Of the first draw."""
+        return self.draws[0]
 
     @property
     def unused(self) -> int:
@@ -64,7 +67,8 @@ class Scored:
     @property
     def draw_stderr(self) -> float:
         """Standard deviation of an error over draws; NaN with one draw."""
-        return float(np.std(self.draws, ddof=1)) if len(self.draws) > 1 else math.nan
+        errors = [result.error for result in self.draws]
+        return float(np.std(errors, ddof=1)) if len(errors) > 1 else math.nan
 
 
 BySide = Mapping[Speaker, Scored]
@@ -87,7 +91,7 @@ def chosen(items: Items, side: Speaker, options: Mapping[str, Any]) -> Items:
 
 def score(
     features: Mapping[str, Tensor],
-    rate: float,
+    when: Mapping[str, Any],
     items: Items,
     side: Speaker,
     options: Mapping[str, Any],
@@ -102,7 +106,7 @@ def score(
 
     Args:
         features: Features of each file.
-        rate: Frames a second.
+        when: `frame_rate` or `times`, as of `Features.when`.
         items: The items.
         side: `within` or `across`.
         options: Options of the command.
@@ -129,21 +133,19 @@ def score(
             own = run(
                 features,
                 items,
-                frame_rate=rate,
                 speaker=side,
                 seed=options["seed"] + draw,
                 device=device,
                 shard=shard,
                 tell=tell,
+                **when,
                 **{name: options[name] for name in ("distance", "context", "slicing", "aggregate",
                                                     "max_group", "max_x_speakers", "bootstrap",
                                                     "drop_empty")},
             )  # fmt: skip
         results += [own] if shard[1] == 1 else _merged(gather(own), options)
-    first = results[0]
-    kept = items[~without_frames(items, features, rate, options["slicing"])]
-    groups = _groups(kept, options["context"])
-    return Scored(first, len(items), groups, tuple(result.error for result in results))
+    kept = items[~without_frames(items, features, when, options["slicing"])]
+    return Scored(tuple(results), len(items), _groups(kept, options["context"]))
 
 
 def _merged(parts: list[AbxResult], options: Mapping[str, Any]) -> list[AbxResult]:
@@ -153,21 +155,23 @@ def _merged(parts: list[AbxResult], options: Mapping[str, Any]) -> list[AbxResul
     return [merge(parts, bootstrap=options["bootstrap"], seed=options["seed"])]
 
 
-def _groups(items: Items, context: str) -> Counter[Group]:
+def _groups(items: Items, context: Context) -> Counter[Group]:
     """Count items of one context, speaker and phone."""
-    around = [f"{a} {b}" for a, b in zip(items.prev, items.next, strict=True)]
-    if context == "any":
-        around = ["any"] * len(items)
-    return Counter(zip(around, items.speaker, items.phone, strict=True))
+    return Counter(zip(context_names(items, context), items.speaker, items.phone, strict=True))
 
 
 def figures(scored: Scored) -> dict[str, Any]:
-    """Return the figures of `results.json`; errors in per cent."""
+    """Return the figures of `results.json`; errors in per cent.
+
+    Where no error was seen speakers do not differ, and nothing says how much others would.
+    """
     result = scored.result
-    low, high = (min(max(100 * end, 0.0), 100.0) for end in result.interval)
+    stderr, (low, high) = 100 * result.stderr, (100 * min(max(e, 0), 1) for e in result.interval)
+    if not result.error:
+        stderr = low = high = math.nan
     return {
         "error": 100 * result.error,
-        "stderr": 100 * result.stderr,
+        "stderr": stderr,
         "low": low,
         "high": high,
         "draw_stderr": 100 * scored.draw_stderr,
@@ -181,13 +185,33 @@ def figures(scored: Scored) -> dict[str, Any]:
     }
 
 
+def of_what(side: str, name: str, scored: Mapping[str, BySide]) -> str:
+    """Name a side, and of features to compare with others which they are."""
+    return f"{side} speakers" + (f", {name} features" if len(scored) > 1 else "")
+
+
+def how_sure(row: Mapping[str, Any]) -> str:
+    """Return what follows an error of `figures`: its interval, or why there is none."""
+    if not row["error"]:
+        return f": {no_error(row)}"
+    return "" if math.isnan(row["low"]) else f", {row['low']:.2f} to {row['high']:.2f}"
+
+
+def no_error(row: Mapping[str, Any]) -> str:
+    """Say what figures without an error leave open."""
+    return f"no error in {row['triplets']:,} triplets; how many others would make is unknown"
+
+
 def compared(found: Comparison) -> dict[str, Any]:
     """Return the figures of a comparison, in points of per cent."""
+    stderr, (low, high) = 100 * found.stderr, (100 * end for end in found.interval)
+    if not found.difference and not found.stderr:
+        stderr = low = high = math.nan
     return {
         "difference": 100 * found.difference,
-        "stderr": 100 * found.stderr,
-        "low": 100 * found.interval[0],
-        "high": 100 * found.interval[1],
+        "stderr": stderr,
+        "low": low,
+        "high": high,
         "p": found.p_value,
         "cells": found.cells,
         "speakers": found.speakers,
@@ -199,6 +223,8 @@ def _verdict(found: Comparison) -> str:
     size = f"{abs(100 * found.difference):.2f} points"
     if math.isnan(found.p_value):
         return f"The difference is {size}; with one speaker nothing says how sure it is."
+    if not found.difference and not found.stderr:
+        return "No difference was seen: these items do not tell the features apart."
     better = "first" if found.difference < 0 else "second"
     if found.p_value < 0.05:
         return (
@@ -211,31 +237,56 @@ def _verdict(found: Comparison) -> str:
     )
 
 
-def save_cells(path: Path, scored: Scored) -> None:
-    """Write counts, so that shards can be added and means be taken anew."""
-    cells = scored.result.cells
-    columns: dict[str, Any] = {name: getattr(cells, name) for name in COLUMNS}
-    columns |= {name: np.array(getattr(cells, name), dtype=str) for name in NAMES}
-    columns["groups"] = np.array(list(scored.groups), dtype=str).reshape(-1, 3)
-    columns["group_items"] = np.array(list(scored.groups.values()), dtype=np.int64)
-    columns["items"] = np.array([scored.items, scored.result.dropped])
-    np.savez_compressed(path, **columns)
+def cells_file(name: str, side: Speaker, draw: int) -> str:
+    """Return the name of the counts of features on a side; draws are numbered from 0."""
+    return f"cells-{name}-{side}{f'-{draw + 1}' if draw else ''}.npz"
 
 
-def load_shards(paths: Sequence[Path], options: Mapping[str, Any]) -> Scored:
+def save_cells(folder: Callable[[str], Path], scored: Mapping[str, BySide]) -> None:
+    """Write the counts of every draw, so that shards can be added and means be taken anew.
+
+    Args:
+        folder: From a name to its path.
+        scored: By features, then by side.
+    """
+    for name, found in scored.items():
+        for side, one in found.items():
+            groups: dict[str, Any] = {
+                "groups": np.array(list(one.groups), dtype=str).reshape(-1, 3),
+                "group_items": np.array(list(one.groups.values()), dtype=np.int64),
+            }
+            for draw, result in enumerate(one.draws):
+                cells = result.cells
+                columns: dict[str, Any] = {key: getattr(cells, key) for key in COLUMNS}
+                columns |= {key: np.array(getattr(cells, key), dtype=str) for key in NAMES}
+                columns["items"] = np.array([one.items, result.dropped])
+                np.savez_compressed(folder(cells_file(name, side, draw)), **columns, **groups)
+
+
+def load_shards(
+    shards: Sequence[Path], name: str, side: Speaker, draws: int, options: Mapping[str, Any]
+) -> Scored:
     """Return the sum of shards.
+
+    Args:
+        shards: Their folders.
+        name: Of the features.
+        side: `within` or `across`.
+        draws: How many there are.
+        options: Options of the shards.
 
     Raises:
         InputError: A file is damaged, or shards are of different items.
     """
-    parts = [_load(path, options) for path in paths]
-    whole = merge([part.result for part in parts], bootstrap=options["bootstrap"],
-                  seed=options["seed"])  # fmt: skip
-    return Scored(whole, parts[0].items, parts[0].groups, (whole.error,))
+    added = []
+    for draw in range(draws):
+        parts = [_load(shard / cells_file(name, side, draw), options) for shard in shards]
+        added += _merged([part.result for part in parts], options)
+    return Scored(tuple(added), parts[0].items, parts[0].groups)
 
 
 def _load(path: Path, options: Mapping[str, Any]) -> Scored:
-    """Read a shard, whose error is not known before shards are added."""
+    """Read a draw of a shard, whose error is not known before shards are added."""
     try:
         with np.load(path, allow_pickle=False) as given:
             columns = {name: given[name] for name in COLUMNS}
@@ -251,7 +302,7 @@ def _load(path: Path, options: Mapping[str, Any]) -> Scored:
     result = AbxResult(
         math.nan, math.nan, nothing, cells, options["aggregate"], options["slicing"], dropped
     )
-    return Scored(result, items, groups, ())
+    return Scored((result,), items, groups)
 
 
 def write_tables(folder: Callable[[str], Path], scored: Mapping[str, BySide]) -> None:

@@ -24,9 +24,10 @@ from remanence.jobs.speech.augment_plan import (
 from remanence.jobs.speech.augment_report import build_report
 from remanence.jobs.speech.augment_results import results_of, write_params
 from remanence.jobs.speech.shares import check_share, share_folder
-from remanence.kit.audio import list_recordings, treatment
+from remanence.kit.audio import treatment
 from remanence.kit.devices import launch
 from remanence.kit.progress import bar, say
+from remanence.kit.recordings import list_recordings
 from remanence.kit.run import run_folder
 from remanence.kit.words import counted, duration
 from remanence.speech.wavaugment.random import RandomBabble

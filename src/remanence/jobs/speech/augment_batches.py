@@ -18,7 +18,8 @@ from remanence.errors import InputError
 from remanence.jobs.speech.augment_noise import Built, Chains
 from remanence.jobs.speech.augment_plan import Batch, Output, cut
 from remanence.jobs.speech.augment_steps import apply, join
-from remanence.kit.audio import FULL_SCALE, Recording, read_audio, write_wav
+from remanence.kit.audio import FULL_SCALE, read_audio, write_wav
+from remanence.kit.recordings import Recording
 from remanence.speech.wavaugment.params import Params
 from remanence.speech.wavaugment.trust import trusting
 

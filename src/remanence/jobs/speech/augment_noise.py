@@ -11,8 +11,9 @@ from torch import Tensor
 
 from remanence.errors import InputError
 from remanence.jobs.speech.augment_plan import Output
-from remanence.kit.audio import MANY, list_recordings, read_audio, treatment
+from remanence.kit.audio import read_audio, treatment
 from remanence.kit.progress import track
+from remanence.kit.recordings import MANY, list_recordings
 from remanence.kit.words import counted, duration
 from remanence.speech.wavaugment.augmentation import Augmentation
 from remanence.speech.wavaugment.chain import Chain

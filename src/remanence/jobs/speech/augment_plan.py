@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from remanence.errors import InputError
-from remanence.kit.audio import Recording
+from remanence.kit.recordings import Recording
 
 FADE_SECONDS = 0.02  # over which the pieces of a long recording overlap
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,52 +10,28 @@ from typing import Any, Literal, get_args
 
 from remanence.errors import InputError
 from remanence.jobs.options import check_options
-from remanence.jobs.speech.augment_noise import Chains, chain_text
-from remanence.jobs.speech.cpc_audio import (
-    Waves,
-    by_speaker,
-    open_speech,
-    prepared,
-    split,
-    usual_rate,
-)
-from remanence.jobs.speech.cpc_report import (
-    Finding,
-    beside_mfcc,
-    build_report,
-    sentence,
-    views,
+from remanence.jobs.speech.cpc_finding import Finding, found_by
+from remanence.jobs.speech.cpc_recipe import RECIPES, Preset
+from remanence.jobs.speech.cpc_report import beside_mfcc, build_report, sentence
+from remanence.jobs.speech.cpc_setup import (
+    Augment,
+    Task,
+    build_task,
+    load_material,
+    open_corpus,
+    written_chain,
 )
 from remanence.jobs.speech.cpc_training import STAGE, Plan, train
-from remanence.jobs.speech.cpc_validation import (
-    KINDS,
-    Validation,
-    chosen_by,
-    fixed_batches,
-    open_items,
-)
-from remanence.kit.devices import launch, seed_all
+from remanence.jobs.speech.cpc_validation import KINDS
+from remanence.kit.devices import launch
 from remanence.kit.progress import say
-from remanence.kit.run import run_folder
-from remanence.kit.words import counted
-from remanence.speech.cpc.loss import Candidates, CPCLoss
-from remanence.speech.cpc.model import CPC, Predictor
-from remanence.speech.cpc.presets import PRESETS
-from remanence.speech.cpc.sampler import Mode, WindowSampler
+from remanence.kit.run import RunFolder, run_folder
+from remanence.speech.cpc.loss import Candidates, Scope
+from remanence.speech.cpc.model import Predictor
+from remanence.speech.cpc.sampler import Mode
 from remanence.speech.cpc.training import Contrast, Schedule
-from remanence.speech.wavaugment.chain import Chain, TwoView
-from remanence.speech.wavaugment.random import RandomChunkSwap
 
-Preset = Literal["cpc2", "small"]
-Augment = Literal["none", "past", "future", "both", "same"]
 Precision = Literal["auto", "32-true", "bf16-mixed"]
-VALID_FRACTION = 0.05
-# Beside the sizes of a network: seconds of a window, and what else trains it.
-RECIPES: dict[Preset, dict[str, Any]] = {
-    "cpc2": {"window": 1.28, "negatives": 128, "lr": 2e-4, "epochs": 200},
-    "small": {"window": 0.9, "negatives": 64, "lr": 1e-3, "max_steps": 3000},
-}
-RAMP_EPOCHS, RAMP_STEPS = 10, 100  # of cpc2 as published; of small
 
 
 @dataclass(frozen=True)
@@ -102,6 +77,7 @@ def cpc(
     negatives: int | None = None,
     candidates: Candidates = "sampled",
     exclude_positive: bool = False,
+    negatives_scope: Scope = "local",
     steps_ahead: int | None = None,
     predictor: Predictor = "multihead",
     sampling: Mode = "speaker",
@@ -116,6 +92,7 @@ def cpc(
     abx_every: int = 1,
     abx_items: int = 2000,
     patience: int | None = None,
+    memory: float = 4,
     precision: Precision = "auto",
     devices: int = 1,
     checkpoint_steps: int = 1000,
@@ -148,10 +125,12 @@ def cpc(
         sample_rate: Rate to bring recordings to, in Hz; by default 8000 where all are at most that,
             else 16000.
         window: Seconds of a window; of cpc2 1.28, of small 0.9.
-        batch_size: Windows a step, on each device; negatives come from the same device.
+        batch_size: Windows a step, on each device.
         negatives: Negatives of each frame; of cpc2 128, of small 64.
         candidates: sampled, or all frames of the batch; the loss then has another scale.
         exclude_positive: Leave out negatives that are the true frame.
+        negatives_scope: local, negatives from a process's own batch; global, from those of all
+            processes, whose speakers differ.
         steps_ahead: Frames of 10 ms that are predicted; of cpc2 12, of small 8.
         predictor: multihead, shared by all steps ahead; separate, a transformer each, as before
             CPC2; linear.
@@ -163,8 +142,8 @@ def cpc(
         max_steps: Steps at most; of small 3000.
         lr: Peak learning rate of Adam, multiplied by the number of processes; of cpc2 2e-4, of
             small 1e-3.
-        ramp: Steps in which it rises; by default ten epochs of cpc2, 100 steps of small, and no
-            more than a tenth of all steps.
+        ramp: Steps in which it rises, at each a little; by default ten epochs of cpc2, 100 steps of
+            small, and no more than a tenth of all steps.
         halve_lr_every: Epochs after which the learning rate is halved, again and again.
         clip: Largest norm of the gradient.
         items: Item file with what ABX errors are to tell apart in the held-out recordings: a
@@ -173,6 +152,9 @@ def cpc(
         abx_every: Epochs between ABX errors.
         abx_items: About so many items at most, of those in held-out recordings; always the same.
         patience: Measurements without a better one after which training stops.
+        memory: Gibibytes of samples that each process keeps in memory; windows of what does not fit
+            are read from disk. 100 hours at 16 kHz take 11, or 22 where files were resampled or
+            hold more than 16 bits.
         precision: Number format of convolutions and attention; auto is bf16-mixed on a GPU that has
             it. The LSTM and the loss are float32 in any case.
         devices: Devices on this machine; under torchrun the processes it started.
@@ -183,16 +165,10 @@ def cpc(
     options: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("out", "resume")}
     check_options(options)
     _check(options)
-    recipe: dict[str, Any] = dict(RECIPES[preset])
-    if epochs is not None or max_steps is not None:
-        recipe |= {"epochs": epochs, "max_steps": max_steps}
-    recipe |= {
-        name: options[name] for name in ("window", "negatives", "lr") if options[name] is not None
-    }
-    written = None
-    if augment != "none":
-        usual_chain = "cpc2" if noise else "pitch,reverb"
-        written = chain_text(usual_chain if chain is None else chain, noise)
+    recipe = RECIPES[preset].changed(
+        window=window, negatives=negatives, lr=lr, epochs=epochs, max_steps=max_steps
+    )
+    written = written_chain(augment, chain, noise)
 
     fabric = launch(devices, precision)
     with (
@@ -203,160 +179,102 @@ def cpc(
     ):
         # The encoder's products leave gradients in another order than distributed training likes.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        speech = open_speech(audio, names, speakers=sampling == "speaker")
-        rate = sample_rate or usual_rate(speech.recordings)
-        learn, held = split(speech, valid, valid_fraction, names, seed, window=recipe["window"])
-        found, missing = open_items(items, names, held, abx_items, seed)
-
-        sizes = dict(PRESETS[preset]) | {"predictor": predictor, "sample_rate": rate}
-        sizes["steps"] = steps_ahead or sizes["steps"]
-        frames = round(recipe["window"] * 100)
-        seed_all(seed)
-        model = CPC(**sizes | {"window": frames})
-        samples = frames * model.encoder.stride
-        loss = CPCLoss(
-            model.config["steps"],
-            recipe["negatives"],
+        corpus = open_corpus(
+            audio,
+            names,
+            valid=valid,
+            valid_fraction=valid_fraction,
+            sampling=sampling,
+            sample_rate=sample_rate,
+            window=recipe.window,
+            items=items,
+            abx_items=abx_items,
+            seed=seed,
+        )
+        task = build_task(
+            preset,
+            recipe,
+            sample_rate=corpus.sample_rate,
+            predictor=predictor,
+            steps_ahead=steps_ahead,
             candidates=candidates,
             exclude_positive=exclude_positive,
-        )
-        chains = Chains(noise, fabric.device)
-        view = None
-        if augment != "none" and written is not None:
-            built = chains.build(written, rate, show=run.first).chain
-            _check_aligned(built, written)
-            view = TwoView(built, augment)
-
-        waves = Waves(learn.recordings, rate, show=run.first)
-        sampler = WindowSampler(
-            waves.lengths,
-            learn.speakers,
-            window=samples,
-            batch=batch_size,
-            mode=sampling,
-            straddle=straddle,
+            scope=negatives_scope if fabric.world_size > 1 else "local",
+            augment=augment,
+            chain=written,
+            noise=noise,
+            device=fabric.device,
             seed=seed,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
+            show=run.first,
         )
-        held_waves = Waves(held.recordings, rate, show=False) if run.first else None
-        batches = fixed_batches(
-            held,
-            held_waves.lengths if held_waves else [],
-            window=samples,
+        material = load_material(
+            fabric,
+            corpus,
+            task,
             batch=batch_size,
-            one_speaker=sampling == "speaker",
+            sampling=sampling,
+            straddle=straddle,
+            memory=memory,
+            seed=seed,
         )
-        validation = Validation(
-            held,
-            held_waves,
-            batches,
-            loss,
-            found,
-            seed,
-            by=fabric.broadcast(chosen_by(found, batches)),
-        )
-        if patience is not None and not validation.by:
+        if patience is not None and not material.validation.by:
             raise InputError(
                 f"--patience {patience}: nothing is held out to measure on; give --valid, or more "
                 "recordings"
             )
-        preparation = [*prepared(learn, held, waves, held_waves, sampler), *chains.said]
-        if held.recordings and not batches:
-            preparation.append(
-                f"{counted(len(held.recordings), 'held-out recording')}, of no speaker a whole "
-                "window: loss and accuracy are not measured on them"
-            )
         if run.first:
-            for remark in preparation:
+            for remark in material.preparation:
                 say(remark)
-
-        epoch_steps = len(sampler)
-        total = min(
-            (recipe.get("epochs") or math.inf) * epoch_steps, recipe.get("max_steps") or math.inf
-        )
-        usual = RAMP_STEPS if preset == "small" else RAMP_EPOCHS * epoch_steps
+        epoch_steps = len(material.sampler)
         plan = Plan(
             Schedule(
-                recipe["lr"] * fabric.world_size,
-                int(min(usual, total / 10)) if ramp is None else ramp,
+                recipe.lr * fabric.world_size,
+                recipe.ramp(epoch_steps) if ramp is None else ramp,
                 halve_lr_every,
             ),
-            recipe.get("epochs"),
-            recipe.get("max_steps"),
+            recipe.epochs,
+            recipe.max_steps,
             clip,
             patience,
             abx_every,
             checkpoint_steps,
             seed,
         )
-        contrast = Contrast(model, loss)
-        done = train(fabric, run, model, contrast, view, sampler, waves, validation, plan)
-        rows = fabric.broadcast(run.metrics(STAGE) if run.first else [])
-        best = done.best or rows[-1]
-        chance = (
-            math.log(1 + loss.negatives)
-            if candidates == "sampled"
-            else math.log(batch_size * frames - loss.steps + 1)
+        done = train(
+            fabric,
+            run,
+            task.model,
+            Contrast(task.model, task.loss),
+            task.view,
+            material.sampler,
+            material.waves,
+            material.validation,
+            plan,
         )
-        finding = Finding(
+        rows = fabric.broadcast(run.metrics(STAGE) if run.first else [])
+        finding = found_by(
+            corpus,
+            task,
+            material,
+            plan,
+            done,
+            rows,
             source=audio,
-            hours=learn.hours,
-            held_out_hours=held.hours,
-            speakers=by_speaker(learn, held, sampler),
-            sample_rate=rate,
-            window=samples / rate,
-            steps_ahead=model.config["steps"],
-            chance=chance,
-            negatives=loss.negatives if candidates == "sampled" else 0,
-            sampling=sampling,
-            views=views(augment, written, noise),
-            preparation=tuple(preparation),
-            parameters=sum(p.numel() for p in model.parameters()),
-            rows=tuple(rows),
-            best=best,
-            known_speakers=len(set(learn.speakers or ()) & set(held.speakers or ())),
-            by=validation.by,
-            items={kind: len(some) for kind, some in found.items()},
-            mfcc=fabric.broadcast(validation.baseline()),
-            without=missing,
-            stopped=patience is not None and done.worse >= patience,
-            ms_per_step=1000 * done.seconds / max(done.step, 1),
-            recipe={
-                **{name: value for name, value in model.config.items() if name != "window"},
-                "window, s": samples / rate,
-                "batch": batch_size,
-                "processes": fabric.world_size,
-                "sampling": sampling,
-                "candidates": candidates,
-                "negatives": loss.negatives if candidates == "sampled" else None,
-                "augment": augment,
-                "chain": written,
-                "learning rate": plan.schedule.peak,
-                "ramp, steps": plan.schedule.ramp,
-                "halved after, epochs": halve_lr_every,
-                "epochs at most": plan.epochs,
-                "steps at most": plan.steps,
-                "clip": clip,
-            },
+            batch=batch_size,
+            processes=fabric.world_size,
+            augmented=(augment, written, noise),
+            mfcc=fabric.broadcast(material.validation.baseline()),
         )
         if run.first:
-            model.save(run.partial)
-            run.write_results(finding.results())
-            report = build_report(finding)
-            report.section("Run")
-            report.facts(run.summary())
-            report.write(run.path("report.html"))
-            say(sentence(finding))
-            if finding.items:
-                say(beside_mfcc(finding))
+            _tell(run, task, finding)
+    best = finding.best
     return Trained(
         out,
         done.step,
         best["epoch"],
         tuple(finding.of_steps(best, "valid_loss")),
         tuple(finding.of_steps(best, "valid_accuracy")),
-        chance,
+        finding.chance,
         {kind: best[f"abx_{kind}"] for kind in KINDS if f"abx_{kind}" in best},
         finding.ms_per_step,
     )
@@ -366,12 +284,14 @@ def _check(options: Mapping[str, Any]) -> None:
     for name, kind in (
         ("augment", Augment),
         ("preset", Preset),
+        ("negatives_scope", Scope),
         ("sampling", Mode),
         ("precision", Precision),
     ):
         if options[name] not in get_args(kind):
             raise InputError(
-                f"--{name} {options[name]}: give one of {', '.join(map(str, get_args(kind)))}"
+                f"--{name.replace('_', '-')} {options[name]}: give one of "
+                f"{', '.join(map(str, get_args(kind)))}"
             )
     if options["sample_rate"] not in (None, 8000, 16000):
         raise InputError(f"--sample-rate {options['sample_rate']}: give 8000 or 16000")
@@ -380,12 +300,21 @@ def _check(options: Mapping[str, Any]) -> None:
             raise InputError(f"--{name}: --augment none takes none; leave one of them out")
     if options["valid"] is not None and options["valid_fraction"] is not None:
         raise InputError("--valid-fraction: --valid says what to measure on; leave one out")
-
-
-def _check_aligned(chain: Chain, written: str) -> None:
-    moving = [m for m in chain.modules() if isinstance(m, RandomChunkSwap)]
-    if chain.changes_ends or moving:
+    if options["negatives_scope"] == "global" and options["candidates"] == "all":
         raise InputError(
-            f"--chain {written}: past and future must stay aligned; leave out effects that move "
-            "speech in time (speed, tempo, splice, swap)"
+            "--candidates all: takes the batch of one process, as held-out windows are measured; "
+            "leave --negatives-scope global out"
         )
+
+
+def _tell(run: RunFolder, task: Task, finding: Finding) -> None:
+    """Write network, figures and report, and say how it went."""
+    task.model.save(run.partial)
+    run.write_results(finding.results())
+    report = build_report(finding)
+    report.section("Run")
+    report.facts(run.summary())
+    report.write(run.path("report.html"))
+    say(sentence(finding))
+    if finding.items:
+        say(beside_mfcc(finding))

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import soundfile
-import soxr
-import torch
-from torch import Tensor
 
 from remanence.errors import InputError
-from remanence.kit.audio import (
-    Heard,
-    Recording,
-    list_recordings,
-    read_audio,
-    speakers_of,
-    treatment,
-)
-from remanence.kit.progress import bar
+from remanence.jobs.speech.cpc_waves import Waves
+from remanence.kit.audio import Heard, treatment
+from remanence.kit.recordings import Recording, list_recordings, speakers_of
 from remanence.kit.words import counted
-from remanence.speech.cpc.sampler import WindowBatch, WindowSampler
-from remanence.speech.cpc.windows import Piece
+from remanence.speech.cpc.sampler import WindowSampler
 
-IN_MEMORY = 4 * 2**30  # bytes of float32 samples; what is larger stays on disk
-MARGIN = 0.05  # seconds around what is resampled, longer than the filter
+GIB = 2**30
 VALID_FRACTION = 0.05
-THREADS, AHEAD = 4, 8  # of reading from disk
 
 
 @dataclass(frozen=True)
@@ -55,114 +41,6 @@ class Speech:
     def hours(self) -> float:
         """How long they last together."""
         return sum(recording.seconds for recording in self.recordings) / 3600
-
-
-class Waves:
-    """Samples of recordings at one rate, in memory where they fit, else read when asked for.
-
-    Args:
-        recordings: The recordings; channels are averaged.
-        sample_rate: Rate to bring them to.
-        in_memory: Bytes that may be kept.
-        show: Show progress.
-
-    Attributes:
-        lengths: Samples of each at that rate.
-        kept: Whether they are in memory.
-        heard: What was noticed on reading them into memory.
-
-    Raises:
-        InputError: A recording is broken, or holds NaN.
-    """
-
-    def __init__(
-        self,
-        recordings: Sequence[Recording],
-        sample_rate: int,
-        *,
-        in_memory: int = IN_MEMORY,
-        show: bool = True,
-    ) -> None:
-        self.recordings, self.sample_rate = tuple(recordings), sample_rate
-        self.lengths = [r.frames * sample_rate // r.sample_rate for r in recordings]
-        self.kept = 4 * sum(self.lengths) <= in_memory
-        self.heard = Heard()
-        self._waves: list[Tensor] = []
-        if self.kept:
-            with bar("recordings", len(self.recordings), show=show) as progress:
-                for recording in self.recordings:
-                    self._waves.append(read_audio(recording, sample_rate=sample_rate))
-                    self.heard.add(self._waves[-1])
-                    progress.advance()
-            self.lengths = [len(wave) for wave in self._waves]
-
-    def whole(self, recording: int) -> Tensor:
-        """Return all samples of a recording (T,), float32."""
-        if self.kept:
-            return self._waves[recording]
-        return read_audio(self.recordings[recording], sample_rate=self.sample_rate)
-
-    def window(self, pieces: Sequence[Piece]) -> Tensor:
-        """Return the samples of pieces, one after the other (T,), float32."""
-        if self.kept:
-            return torch.cat([self._waves[p.recording][p.start : p.stop] for p in pieces])
-        return torch.cat([self._read(piece) for piece in pieces])
-
-    def batches(
-        self, given: Iterator[WindowBatch]
-    ) -> Generator[tuple[WindowBatch, Tensor], None, None]:
-        """Yield batches with their samples (B, T), those on disk read ahead."""
-
-        def load(batch: WindowBatch) -> tuple[WindowBatch, Tensor]:
-            return batch, torch.stack([self.window(pieces) for pieces in batch.windows])
-
-        if self.kept:
-            yield from map(load, given)
-            return
-        with ThreadPoolExecutor(THREADS) as pool:
-            coming: deque[Future[tuple[WindowBatch, Tensor]]] = deque()
-            try:
-                for batch in given:
-                    coming.append(pool.submit(load, batch))
-                    if len(coming) > AHEAD:
-                        yield coming.popleft().result()
-                while coming:
-                    yield coming.popleft().result()
-            finally:
-                for future in coming:
-                    future.cancel()
-
-    def _read(self, piece: Piece) -> Tensor:
-        recording = self.recordings[piece.recording]
-        # Resampling goes on the same grid as over the whole recording: `ours` samples of ours are
-        # `theirs` of the file's.
-        common = math.gcd(recording.sample_rate, self.sample_rate)
-        ours, theirs = self.sample_rate // common, recording.sample_rate // common
-        margin = math.ceil(MARGIN * common) if ours != theirs else 0
-        first = max(0, piece.start // ours - margin)
-        last = min(-(-recording.frames // theirs), -(-piece.stop // ours) + margin)
-        try:
-            wave, _ = soundfile.read(
-                recording.path,
-                start=first * theirs,
-                stop=min(last * theirs, recording.frames),
-                dtype="float32",
-                always_2d=True,
-            )
-        except (soundfile.LibsndfileError, OSError) as error:
-            raise InputError(f"recording {recording.path} cannot be read any more") from error
-        wave = wave.mean(1)
-        if not np.isfinite(wave).all():
-            raise InputError(
-                f"recording {recording.path} holds NaN or infinite samples: repair or leave it out"
-            )
-        if ours != theirs:
-            wave = soxr.resample(wave, recording.sample_rate, self.sample_rate, quality="VHQ")
-        begin = piece.start - first * ours
-        wave = wave[begin : begin + piece.stop - piece.start]
-        if len(wave) < piece.stop - piece.start:
-            raise InputError(f"recording {recording.path} is shorter than its header says")
-        return torch.from_numpy(np.ascontiguousarray(wave))
 
 
 def open_speech(audio: str, names: str | None, *, speakers: bool) -> Speech:
@@ -290,9 +168,17 @@ def prepared(
         said.append(
             f"{counted(len(sampler.skipped), 'speaker')} with less than a window left out: {some}"
         )
-    if not waves.kept:
+    if sampler.left_out:
         said.append(
-            f"more than {IN_MEMORY / 2**30:.0f} GB of samples: windows are read from disk, and not "
-            "looked at for clipping"
+            f"{counted(sampler.left_out, 'window')} of an epoch left out, so that processes have "
+            "batches of one size"
+        )
+    every = [each for each in (waves, held_waves) if each]
+    count, kept = (sum(map(f, every)) for f in (lambda w: len(w.recordings), lambda w: w.kept))
+    if kept < count:
+        gibibytes = math.ceil(sum(each.bytes_of_all for each in every) / GIB)
+        said.append(
+            f"{kept:,} of {counted(count, 'recording')} are in memory; windows of the others are "
+            f"read from disk, and not looked at for clipping: --memory {gibibytes} would keep all"
         )
     return said

@@ -2,116 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
+from remanence.jobs.speech.cpc_finding import Finding
 from remanence.jobs.speech.cpc_validation import KINDS
 from remanence.kit.report import Report, curve_figure
 from remanence.kit.words import counted, duration
 from remanence.speech.abx.cells import Speaker
 
 SPEAKERS = 30  # rows of the table
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a run found, for its report.
-
-    Attributes:
-        source: The recordings, as given.
-        hours: Of speech to learn from.
-        held_out_hours: Of speech to measure on.
-        speakers: For each speaker: name, recordings, hours, windows an epoch, recordings held out.
-        sample_rate: Of the network.
-        window: Seconds of a window.
-        steps_ahead: K.
-        chance: Loss of guessing.
-        negatives: Negatives of each frame; 0 for all frames of the batch.
-        sampling: Where a batch comes from.
-        views: What was augmented, and how, in words.
-        preparation: What was resampled, averaged, joined and skipped, in words.
-        parameters: Of the network.
-        rows: Of metrics.jsonl, the untrained network first.
-        best: The row whose weights were kept.
-        known_speakers: Held-out speakers who were learned from too.
-        by: What it was chosen by; empty where nothing was measured.
-        items: Number of items, by kind of ABX error; empty for none.
-        mfcc: ABX errors of MFCC on the same items.
-        without: Kinds of ABX errors that could not be computed, and why.
-        stopped: Whether training ended early.
-        ms_per_step: Time of a step, augmentation included.
-        recipe: All that was settled of training, by option or by preset.
-    """
-
-    source: str
-    hours: float
-    held_out_hours: float
-    speakers: tuple[tuple[str, int, float, int, int], ...]
-    sample_rate: int
-    window: float
-    steps_ahead: int
-    chance: float
-    negatives: int
-    sampling: str
-    views: str
-    preparation: tuple[str, ...]
-    parameters: int
-    rows: tuple[dict[str, Any], ...]
-    best: dict[str, Any]
-    known_speakers: int
-    by: str
-    items: Mapping[Speaker, int]
-    mfcc: Mapping[str, float]
-    without: Mapping[str, str]
-    stopped: bool
-    ms_per_step: float
-    recipe: Mapping[str, Any]
-
-    def of_steps(self, row: Mapping[str, float], name: str) -> list[float]:
-        """Return a figure of a row for each step ahead; empty where it was not measured."""
-        names = [f"{name}_{k}" for k in range(1, self.steps_ahead + 1)]
-        return [row[each] for each in names] if names[0] in row else []
-
-    def results(self) -> dict[str, Any]:
-        """Return the figures for `results.json`."""
-        best = self.best
-        return {
-            "hours": self.hours,
-            "held_out_hours": self.held_out_hours,
-            "speakers": {
-                name: {"recordings": n, "hours": h, "windows": w, "held_out": v}
-                for name, n, h, w, v in self.speakers
-            },
-            "parameters": self.parameters,
-            "steps": self.rows[-1]["step"],
-            "epochs": self.rows[-1]["epoch"],
-            "stopped_early": self.stopped,
-            "chosen_by": self.by,
-            "best": {"step": best["step"], "epoch": best["epoch"]},
-            "chance_loss": self.chance,
-            **{
-                name: {"mean": best[name], "by_step_ahead": self.of_steps(best, name)}
-                for name in ("loss", "accuracy", "valid_loss", "valid_accuracy")
-                if name in best
-            },
-            "same_speaker_negatives": best["same_speaker"],
-            "abx": {
-                kind: {
-                    "error": best[f"abx_{kind}"],
-                    "stderr": best.get(f"abx_{kind}_stderr"),
-                    "untrained": self.rows[0].get(f"abx_{kind}"),
-                    "mfcc": self.mfcc[f"abx_{kind}"],
-                }
-                for kind in KINDS
-                if f"abx_{kind}" in best
-            },
-            "abx_items": dict(self.items),
-            "abx_without": dict(self.without),
-            "ms_per_step": self.ms_per_step,
-            "recipe": dict(self.recipe),
-            "preparation": list(self.preparation),
-        }
 
 
 def build_report(finding: Finding) -> Report:
@@ -166,20 +66,6 @@ def build_report(finding: Finding) -> Report:
     return report
 
 
-def views(augment: str, chain: str | None, noise: str | None) -> str:
-    """Say what was augmented, and how."""
-    if augment == "none":
-        return "Nothing was augmented."
-    copies = {
-        "past": "what it predicts from, and not what is predicted",
-        "future": "what is predicted, and not what it predicts from",
-        "both": "what it predicts from and what is predicted, each its own way",
-        "same": "each window, before anything else",
-    }
-    by = f"{chain}, noise from {noise}" if noise else chain
-    return f"Augmented was {copies[augment]}, by {by}."
-
-
 def _negatives(finding: Finding) -> str:
     places = {
         "speaker": "other frames of the same speaker",
@@ -188,6 +74,8 @@ def _negatives(finding: Finding) -> str:
         "sequential": "frames of neighbouring windows",
     }
     count = f"{finding.negatives:,}" if finding.negatives else "all"
+    if finding.scope == "global":
+        return f"{count} frames of the batches of all processes"
     return f"{count} {places[finding.sampling]} in its batch"
 
 
@@ -201,7 +89,7 @@ def sentence(finding: Finding) -> str:
     best, untrained = finding.best, finding.rows[0]
     parts = [
         f"the {kind}-speaker ABX error went from {100 * untrained[f'abx_{kind}']:.1f} to "
-        f"{100 * best[f'abx_{kind}']:.1f} % ({counted(finding.items[kind], 'item')})"
+        f"{100 * best[f'abx_{kind}']:.1f} % ({_items(finding, kind)})"
         for kind in KINDS
         if f"abx_{kind}" in best and f"abx_{kind}" in untrained
     ]
@@ -212,6 +100,12 @@ def sentence(finding: Finding) -> str:
     )
     said = "; ".join(parts)
     return f"{said[0].upper()}{said[1:]}."
+
+
+def _items(finding: Finding, kind: Speaker) -> str:
+    dropped = finding.best[f"abx_{kind}_dropped"]
+    less = f", {dropped:,} too short for a frame and left out" if dropped else ""
+    return f"{counted(finding.items[kind], 'item')}{less}"
 
 
 def beside_mfcc(finding: Finding) -> str:

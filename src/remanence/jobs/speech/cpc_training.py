@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from remanence.errors import InputError
-from remanence.jobs.speech.cpc_audio import Waves
 from remanence.jobs.speech.cpc_validation import KINDS, Validation, by_step
+from remanence.jobs.speech.cpc_waves import Waves
 from remanence.kit.devices import seed_all, sum_over_processes
 from remanence.kit.progress import Bar, bar
 from remanence.kit.run import RunFolder
 from remanence.speech.cpc.model import CPC
-from remanence.speech.cpc.sampler import WindowSampler
+from remanence.speech.cpc.sampler import WindowSampler, same_speaker
 from remanence.speech.cpc.training import Contrast, Schedule
 from remanence.speech.wavaugment.chain import TwoView
 
@@ -102,13 +102,20 @@ def train(
     weights, bit for bit on a CPU, as what was never interrupted.
 
     Raises:
-        InputError: The loss became NaN or infinite, or a recording cannot be read any more.
+        InputError: The loss became NaN or infinite, a recording cannot be read any more, or the
+            interrupted run had another number of processes.
     """
     optimizer = torch.optim.Adam(model.parameters(), plan.schedule.peak)
     steps_ahead = int(model.config["steps"])
     now = Progress(torch.zeros(2, steps_ahead, dtype=torch.float64))
     saved = run.load_state(STAGE)
     if saved is not None:
+        before = saved.pop("processes")
+        if before != fabric.world_size:
+            raise InputError(
+                f"number of processes: the interrupted run in {run.partial} had {before}, not "
+                f"{fabric.world_size}; give the same to resume"
+            )
         model.load_state_dict(saved.pop("model"))
         optimizer.load_state_dict(saved.pop("optimizer"))
         now = Progress(**saved)
@@ -120,6 +127,7 @@ def train(
     if saved is None:
         _measure(fabric, run, model, validation, plan, now, {}, last=False)
         _save(fabric, run, model, optimizer, now)
+    everywhere = contrast.loss.scope == "global"
     total = _total(plan, sampler)
     with bar(STAGE, total, done=now.step, show=run.first) as progress:
         while not _finished(plan, now):
@@ -147,7 +155,8 @@ def train(
                     wrapped_optimizer.zero_grad(set_to_none=True)
                     now.sums += torch.stack((losses, accuracies)).detach() * len(samples)
                     now.windows += len(samples)
-                    now.same_speaker += batch.same_speaker * len(samples)
+                    drawn_from = batch.everyone if everywhere else batch.speakers
+                    now.same_speaker += same_speaker(drawn_from) * len(samples)
                     now.step += 1
                     now.done += 1
                     progress.advance()
@@ -224,9 +233,9 @@ def _summed(fabric: Fabric, now: Progress) -> tuple[Tensor, int, float]:
 
 
 def _epoch_row(fabric: Fabric, now: Progress) -> dict[str, float]:
-    sums, windows, same_speaker = _summed(fabric, now)
+    sums, windows, same = _summed(fabric, now)
     row = by_step("", *(sums / windows).tolist())
-    return row | {"windows": windows, "same_speaker": same_speaker / windows}
+    return row | {"windows": windows, "same_speaker": same / windows}
 
 
 def _measure(
@@ -273,9 +282,11 @@ def _save(
     optimizer: torch.optim.Optimizer,
     now: Progress,
 ) -> None:
-    sums, windows, same_speaker = _summed(fabric, now)
+    sums, windows, same = _summed(fabric, now)
     state = {name: getattr(now, name) for name in now.__dataclass_fields__}
-    state |= {"sums": sums.cpu(), "windows": windows, "same_speaker": same_speaker}
+    state |= {"sums": sums.cpu(), "windows": windows, "same_speaker": same}
+    # How many batches of an epoch are done says which only for so many processes.
+    state["processes"] = fabric.world_size
     run.save_state(
         STAGE, state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     )

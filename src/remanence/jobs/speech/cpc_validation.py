@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from remanence.errors import InputError
-from remanence.jobs.speech.cpc_audio import Speech, Waves
+from remanence.jobs.speech.cpc_audio import Speech
+from remanence.jobs.speech.cpc_waves import Waves
 from remanence.kit.audio import mfcc
 from remanence.modes import evaluating
 from remanence.speech.abx.cells import Speaker, check_cells, fixed_subsample
@@ -20,7 +21,7 @@ from remanence.speech.abx.items import Items
 from remanence.speech.abx.score import run as abx_error
 from remanence.speech.cpc.loss import CPCLoss
 from remanence.speech.cpc.model import CPC
-from remanence.speech.cpc.sampler import WindowBatch, WindowSampler
+from remanence.speech.cpc.sampler import Mode, WindowBatch, WindowSampler
 from remanence.speech.cpc.training import cpc_losses
 
 FRAME_RATE = 100  # of the encoder, frames a second
@@ -35,7 +36,7 @@ class Validation:
         speech: Held-out recordings; may be none.
         waves: Their samples; None on processes that do not measure.
         batches: Windows of them.
-        loss: The loss of training.
+        loss: The loss of training, with negatives of this process alone.
         items: What to tell apart in them, by kind of ABX error; empty for no ABX.
         seed: Of negatives.
         by: Name of what the best network is chosen by; empty where nothing is measured.
@@ -111,6 +112,7 @@ class Validation:
                 device=next(iter(features.values())).device,
             )
             row[f"abx_{kind}"] = found.error
+            row[f"abx_{kind}_dropped"] = found.dropped
             if math.isfinite(found.stderr):
                 row[f"abx_{kind}_stderr"] = found.stderr
         return row
@@ -124,7 +126,13 @@ def by_step(prefix: str, losses: Sequence[float], accuracies: Sequence[float]) -
 
 
 def fixed_batches(
-    speech: Speech, lengths: Sequence[int], *, window: int, batch: int, one_speaker: bool
+    speech: Speech,
+    lengths: Sequence[int],
+    *,
+    window: int,
+    batch: int,
+    mode: Mode,
+    straddle: bool,
 ) -> list[WindowBatch]:
     """Return the windows of held-out recordings, the same whenever asked.
 
@@ -139,7 +147,8 @@ def fixed_batches(
             speech.speakers,
             window=window,
             batch=batch,
-            mode="speaker" if one_speaker else "uniform",
+            mode=mode,
+            straddle=straddle,
         )
     except InputError:
         return []

@@ -16,6 +16,7 @@ from remanence.errors import InputError
 from remanence.kit.audio import mfcc
 from remanence.kit.checkpoints import one_line
 from remanence.modes import evaluating
+from remanence.speech.cpc.seq_norm import standardise
 
 if TYPE_CHECKING:
     from remanence.speech.cpc.model import CPC, Layer
@@ -129,12 +130,6 @@ def check_frame_rate(frame_rate: float | None) -> None:
     """Refuse a frame rate that cannot be meant."""
     if frame_rate is not None and not 0.1 <= frame_rate <= 100_000:  # NaN is in no range
         raise InputError(f"--frame-rate {frame_rate:g}: give frames a second, 0.1 to 100000")
-
-
-def standardise(frames: Tensor) -> Tensor:
-    """Take the mean over time out of features (S, D) and divide by the deviation."""
-    variance = frames.var(0, keepdim=True, correction=min(len(frames) - 1, 1))
-    return (frames - frames.mean(0, keepdim=True)) / (variance + 1e-8).sqrt()
 
 
 def _code(source: str) -> bool:

@@ -21,9 +21,10 @@ from remanence.jobs.speech.encoders import Encoder, open_encoder
 from remanence.jobs.speech.feature_files import FEATURES, read_features
 from remanence.jobs.speech.features import Features, encode, encoded, read_waves
 from remanence.jobs.speech.shares import check_share, share_folder
-from remanence.kit.audio import Heard, Recording, list_recordings
+from remanence.kit.audio import Heard
 from remanence.kit.devices import launch, sum_over_processes
 from remanence.kit.progress import bar, say
+from remanence.kit.recordings import Recording, list_recordings
 from remanence.kit.report import Report
 from remanence.kit.run import RunFolder, run_folder
 from remanence.kit.words import counted, duration
@@ -174,7 +175,7 @@ def _check(options: dict[str, Any]) -> None:
     check_share(options["rank"], options["world_size"])
     rate = options["sample_rate"]
     if rate is not None and not 100 <= rate <= 1_000_000:
-        raise InputError(f"--sample-rate {rate}: give samples a second, 100 to 1000000")
+        raise InputError(f"--sample-rate {rate}: give samples a second, 100 to 1,000,000")
 
 
 def _file(run: RunFolder, recording: Recording, form: Format) -> Path:
@@ -248,9 +249,9 @@ def _report(audio: str, results: dict[str, Any], name: str, features: Tensor) ->
     report.text(
         f"{counted(results['files'], 'recording')}, {duration(results['audio_seconds'])}, gave "
         f"{results['frames']:,} frames of {results['dimensions']} dimensions"
-        + (f", {fast:.0f} times faster than real time." if fast else ".")
+        + (f", {fast:,.0f} times faster than real time." if fast else ".")
         + (
-            f" {results['already_there']:,} files were there from an interrupted run."
+            f" From an interrupted run there already: {counted(results['already_there'], 'file')}."
             if results["already_there"]
             else ""
         )

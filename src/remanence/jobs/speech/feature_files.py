@@ -84,6 +84,49 @@ def written_rate(files: Mapping[str, Path]) -> float | None:
     return None
 
 
+def hold_times(files: Mapping[str, Path]) -> bool:
+    """Tell whether files say when their frames are, as `times` in each .npz.
+
+    Raises:
+        InputError: Some do and some do not, or one is damaged.
+    """
+    timed = {path: path.suffix == ".npz" and "times" in _names(path) for path in files.values()}
+    if len(set(timed.values())) > 1:
+        one, other = (next(p for p, own in timed.items() if own is say) for say in (True, False))
+        raise InputError(
+            f"{one} holds times and {other.name} none: give them in every file, or --frame-rate "
+            "to leave them out"
+        )
+    return next(iter(timed.values()))
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as arrays:
+            return [name.removesuffix(".npy") for name in arrays.namelist()]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: damaged, or not of its kind; extract it again") from error
+
+
+def read_times(path: Path) -> Tensor:
+    """Read the centres of frames in seconds, (S,) float64, that a .npz holds.
+
+    Raises:
+        InputError: It is damaged, or they are no times.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            times = arrays["times"]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: damaged, or not of its kind; extract it again") from error
+    if times.ndim != 1 or times.dtype.kind not in "fiu" or not np.isfinite(times).all():
+        raise InputError(
+            f"{path}: times of shape {times.shape}, {times.dtype}, or with NaN; save the centre of "
+            "each frame in seconds (S,), or give --frame-rate to leave them out"
+        )
+    return torch.from_numpy(times.astype(np.float64))
+
+
 def read_features(path: Path) -> Tensor:
     """Read a file of features, of any shape; floats as float32, whole numbers as int64.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +18,21 @@ from remanence.jobs.speech.encoders import (
     is_network,
     open_encoder,
 )
-from remanence.jobs.speech.feature_files import feature_files, read_features, written_rate
-from remanence.kit.audio import Heard, Recording, list_recordings, read_audio, treatment
+from remanence.jobs.speech.feature_files import (
+    feature_files,
+    hold_times,
+    read_features,
+    read_times,
+    written_rate,
+)
+from remanence.kit.audio import Heard, read_audio, treatment
 from remanence.kit.progress import bar, say
+from remanence.kit.recordings import Recording, list_recordings
 from remanence.speech.abx.items import WHOLE, Items, most_common
 
 LOOKED_AT = 50  # files whose features are held against their items
 FAR = 1.6  # times that all features outlast their items, from which the frame rate is doubtful
-SLACK = 2  # frames by which a file's features may miss its duration
+SLACK = 3  # frames by which a file's features may miss its duration, as without padding
 TOGETHER = 16  # recordings of similar length that a network sees at a time
 
 
@@ -35,7 +43,7 @@ class Features(Mapping[str, Tensor]):
 
     Attributes:
         names: Of the files, sorted.
-        rate: Frames a second.
+        rate: Frames a second; where files say when their frames are, how many follow each other.
         description: What they are, in words.
         seconds: Durations, where the recordings are known.
         recordings: The recordings, where they are known, by name.
@@ -52,6 +60,7 @@ class Features(Mapping[str, Tensor]):
         *,
         keep: bool = False,
         heard: Heard | None = None,
+        times: Callable[[str], Tensor] | None = None,
     ) -> None:
         """Keep what is needed to load.
 
@@ -63,6 +72,7 @@ class Features(Mapping[str, Tensor]):
             recordings: By name, where they are known.
             keep: Whether features stay in memory once loaded, for those that cost time.
             heard: What `load` notices of samples, for `prepare` to remark on.
+            times: From a name to the centres of its frames in seconds (S,), where they are known.
         """
         self.names = tuple(sorted(names))
         self.rate = rate
@@ -71,6 +81,7 @@ class Features(Mapping[str, Tensor]):
         self.seconds = {name: r.seconds for name, r in self.recordings.items()}
         self._names = frozenset(self.names)
         self._load, self._keep, self._heard = load, keep, heard or Heard()
+        self._times = times
         self._kept: dict[str, Tensor] = {}
         self._first: tuple[str, int, bool] | None = None
         self.remarks: list[str] = []
@@ -101,6 +112,17 @@ class Features(Mapping[str, Tensor]):
                 f"{self.description}: no features of {most_common(lacking)}; there are "
                 f"{len(self.names):,} files such as {self.names[0]!r}"
             )
+
+    @property
+    def timed(self) -> bool:
+        """Whether files say when their frames are."""
+        return self._times is not None
+
+    def when(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return `times` of these files or `frame_rate`, as `slice_frames` and `run` take them."""
+        if self._times is None:
+            return {"frame_rate": self.rate}
+        return {"times": {name: self._times(name) for name in names}}
 
     def prepare(self, names: Iterable[str] | None = None, *, show: bool = True) -> None:
         """Compute the features of these files now, those of similar length together.
@@ -157,10 +179,18 @@ class Features(Mapping[str, Tensor]):
                 f"{first[0]!r} {first[1]} {kinds[first[2]]}: use one encoder for all"
             )
         seconds = self.seconds.get(name)
-        if seconds is not None and abs(len(frames) - seconds * self.rate) > SLACK:
+        if seconds is not None and self._times is not None:
+            end = float(self._times(name)[-1])
+            if end > seconds + SLACK / self.rate:
+                raise InputError(
+                    f"the last frame of {name!r} is at {end:.2f} s of {seconds:.2f} s: check its "
+                    "times"
+                )
+        elif seconds is not None and abs(len(frames) - seconds * self.rate) > SLACK:
             raise InputError(
                 f"features of {name!r} have {len(frames):,} frames for {seconds:.2f} s, which is "
-                f"{seconds * self.rate:,.0f} at {self.rate:g} a second: check --frame-rate and file"
+                f"{seconds * self.rate:,.0f} at {self.rate:g} a second, and missing padding "
+                f"explains {SLACK} at most: check --frame-rate and file"
             )
         return frames
 
@@ -183,10 +213,10 @@ def open_features(
         features: A folder of .npy, .npz, .pt or .txt files, each named like its recording; a run
             of `speech extract`, all shares of it where it was shared out; or, with `audio`, `mfcc`,
             a CPC run folder, or FILE.py:FUNCTION.
-        audio: The recordings: what `kit.audio.list_recordings` takes. With a folder of files they
-            serve to check durations.
-        frame_rate: Frames a second of files, or of FILE.py:FUNCTION; if None what `speech extract`
-            wrote down, else 100.
+        audio: The recordings: what `kit.recordings.list_recordings` takes. With a folder of files
+            they serve to check durations.
+        frame_rate: Frames a second of files, or of FILE.py:FUNCTION; if None the `times` in .npz
+            files, what `speech extract` wrote down, else 100.
         sample_rate: See `open_encoder`; as `layer`, `chunk`, `strict` and `seq_norm`.
         layer: See there.
         chunk: See there.
@@ -195,7 +225,8 @@ def open_features(
         device: Where a network runs.
 
     Raises:
-        InputError: There are none, two files have one name, or an option does not go with them.
+        InputError: There are none, two files have one name, some hold times and some do not, or an
+            option does not go with them.
     """
     if not is_network(features) or (
         features == "mfcc" and audio is None and Path(features).is_dir()
@@ -225,14 +256,14 @@ def open_features(
 
 def rate_doubt(items: Items, features: Features) -> str:
     """Say so where all features go on long after their last item, as at a wrong frame rate."""
-    if features.seconds or not len(items) or (items.offset == WHOLE).any():
+    if features.seconds or features.timed or not len(items) or (items.offset == WHOLE).any():
         return ""
     files, place = np.unique(items.file.astype(str), return_inverse=True)
     ends = np.zeros(len(files))
     np.maximum.at(ends, place.ravel(), items.offset / items.ticks)
     some = np.linspace(0, len(files) - 1, min(len(files), LOOKED_AT)).astype(int)
-    ratios = [len(features[files[i]]) / (ends[i] * features.rate) for i in some.tolist()]
-    if min(ratios) < FAR:
+    ratios = [len(features[files[i]]) / (ends[i] * features.rate) for i in some if ends[i]]
+    if not ratios or min(ratios) < FAR:
         return ""
     return (
         f"features last {np.median(ratios):.1f} times as long as the items reach, in every file "
@@ -306,10 +337,19 @@ def _stored(source: str, rate: float | None, recordings: Mapping[str, Recording]
             f"{source}: no file is named like a recording, as {next(iter(files))!r} and "
             f"{next(iter(recordings))!r} show; name features like their recordings"
         )
-    return Features(
+    timed = rate is None and hold_times(files)
+    rate = rate or written_rate(files)
+    if timed and rate is None:
+        steps = (np.diff(read_times(path)) for path in files.values())
+        rate = next((round(1 / float(np.median(s)), 6) for s in steps if (s > 0).any()), None)
+    found = Features(
         files,
         lambda names: [read_features(files[name]) for name in names],
-        rate or written_rate(files) or RATE,
+        rate or RATE,
         source,
         {name: r for name, r in recordings.items() if name in files},
+        times=(lambda name: read_times(files[name])) if timed else None,
     )
+    if timed:
+        found.remarks.append("frames lie where the times in their files say")
+    return found

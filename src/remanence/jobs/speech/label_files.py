@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from remanence.errors import InputError
+
+PHN_RATE = 16_000  # samples a second of the times in .phn files
 
 
 def read_text(path: Path) -> str:
@@ -44,6 +48,21 @@ def read_rows(path: Path) -> dict[str, list[str]]:
     if not rows:
         raise InputError(f"{path}: holds no labels; write 'name label label ...' a line")
     return rows
+
+
+def known_names(names: Sequence[str]) -> dict[str, str]:
+    """Return what labels may call files: their names, and the last part where that is one's own.
+
+    Args:
+        names: Of files, with folders divided by slashes.
+
+    Returns:
+        From what labels say to the name.
+    """
+    last = [name.rpartition("/")[2] for name in names]
+    times = Counter(last)
+    known = {short: name for short, name in zip(last, names, strict=True) if times[short] == 1}
+    return known | {name: name for name in names}
 
 
 def alignments(folder: Path, suffix: str) -> dict[str, Path]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from remanence.errors import InputError
 from remanence.jobs.options import check_options
+from remanence.jobs.speech.abx_words import in_options
 from remanence.jobs.speech.features import Features, open_features
 from remanence.jobs.speech.probe_fit import Fitted, Method, Spelled, Task, fit_classifier, fit_ctc
 from remanence.jobs.speech.probe_labels import divide, open_labels
@@ -107,7 +108,7 @@ def probe(
         audio: Recordings: a folder, a file, a quoted glob or a .txt list. With a folder of features
             their durations are checked.
         frame_rate: Frames a second of the features in a folder or of FILE.py:FUNCTION; by default
-            what speech extract wrote down, else 100.
+            the times in .npz files, what speech extract wrote down, else 100.
         sample_rate: Sample rate that FILE.py:FUNCTION takes.
         layer: Of a CPC network: context, encoder, or the number of a context layer.
         chunk: See speech extract.
@@ -119,7 +120,7 @@ def probe(
     options: dict[str, Any] = {k: v for k, v in locals().items() if k != "out"}
     _check(options)
     fabric = launch(1, "32-true", device)
-    with run_folder(out, "speech probe", options, seed=seed) as run:
+    with run_folder(out, "speech probe", options, seed=seed) as run, in_options():
         opened = open_features(
             features,
             audio=audio,

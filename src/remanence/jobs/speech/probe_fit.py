@@ -66,7 +66,7 @@ class Task:
             label = self.labels.rows[name][0]
             cut = windows(frames, self.pool, window)
             return [(part, torch.full((len(part),), label)) for part in cut]
-        labels = self.labels.of_frames(name, len(frames), self.features.rate)
+        labels = self.labels.of_frames(name, len(frames), self.features.when([name]))
         return list(
             zip(windows(frames, "frames", window), torch.split(labels, window), strict=True)
         )
@@ -142,7 +142,7 @@ def fit_classifier(
     facts["classes_not_in_training"] = [
         name for name, count in zip(task.labels.classes, prior.tolist(), strict=True) if not count
     ]
-    return _score(task, classifier, [int(p) for p in prior], facts, losses)
+    return _score(task, classifier, facts, losses)
 
 
 def _check_mean(task: Task) -> None:
@@ -160,7 +160,6 @@ def _check_mean(task: Task) -> None:
 def _score(
     task: Task,
     classifier: LinearClassifier,
-    prior: list[int],
     facts: dict[str, Any],
     losses: list[float],
 ) -> Fitted:
@@ -173,14 +172,11 @@ def _score(
         truth.append(torch.cat([y for _, y in pairs]))
         together.append(vote(scores).view(1))
         answers.append((together if task.labels.whole else said)[-1].tolist())
-    frames = accuracy(said, truth, classes, prior=prior, groups=task.groups, seed=task.seed)
+    frames = accuracy(said, truth, classes, groups=task.groups, seed=task.seed)
     files = None
     if task.labels.whole:
         own = [row[:1] for row in truth]
-        usual = [0] * classes
-        for name in task.train:
-            usual[task.labels.rows[name][0]] += 1
-        files = accuracy(together, own, classes, prior=usual, groups=task.groups, seed=task.seed)
+        files = accuracy(together, own, classes, groups=task.groups, seed=task.seed)
     return Fitted(frames, files, answers, facts, losses)
 
 

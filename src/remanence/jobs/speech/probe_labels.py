@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +14,14 @@ from torch import Tensor
 
 from remanence.errors import InputError
 from remanence.jobs.speech.features import SLACK, Features, rate_doubt
-from remanence.jobs.speech.label_files import alignments, read_rows, read_text
-from remanence.kit.audio import groups_of
+from remanence.jobs.speech.label_files import PHN_RATE, alignments, read_rows, read_text
 from remanence.kit.progress import say
+from remanence.kit.recordings import groups_of
 from remanence.speech.abx.items import SILENCES, Items, most_common
 from remanence.speech.abx.slicing import slice_frames
 from remanence.speech.probe.splits import hold_out
 
 NOTHING = "-1"  # the label of a frame that is not labelled
-PHN_RATE = 16_000  # samples a second of the times in .phn files
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,13 @@ class Labels:
     items: Mapping[str, Items] | None = None
     speakers: Mapping[str, str] | None = None
 
-    def of_frames(self, name: str, count: int, rate: float) -> Tensor:
+    def of_frames(self, name: str, count: int, when: Mapping[str, Any]) -> Tensor:
         """Return the labels (count,), int64, of an utterance's frames.
+
+        Args:
+            name: Of the utterance.
+            count: Number of its frames.
+            when: `frame_rate` or `times`, as of `Features.when`.
 
         Raises:
             InputError: There are more or fewer labels than frames, or phones overlap.
@@ -62,7 +67,7 @@ class Labels:
             given = torch.tensor(row[:count])
             labels[: len(given)] = given
             return labels
-        start, stop = slice_frames(self.items[name], {name: count}, frame_rate=rate)
+        start, stop = slice_frames(self.items[name], {name: count}, **when)
         order = np.argsort(start, kind="stable")
         if (start[order][1:] < stop[order][:-1]).any():
             raise InputError(f"{name!r}: phones overlap; give items of phones, not of triphones")
@@ -138,7 +143,7 @@ def open_labels(
     if doubt := rate_doubt(items, features):
         features.remarks.append(doubt)
         say(doubt)
-    by_file = {n: items[items.file == n] for n in dict.fromkeys(items.file.tolist())}
+    by_file = {name: items[places] for name, places in items.by_file().items()}
     told = {name: str(own.speaker[0]) for name, own in by_file.items()}
     rows = {name: own.phone.tolist() for name, own in by_file.items()}
     return _numbered(rows, False, by_file, told)
@@ -183,7 +188,7 @@ def divide(
     train = [name for name in every if name not in chosen]
     if not test or not train:
         raise InputError(
-            f"--test-names {test_names}: takes {len(test)} of {len(every)} utterances such as "
+            f"--test-names {test_names}: takes {len(test):,} of {len(every):,} utterances such as "
             f"{every[0]!r}; some must be left on either side"
         )
     return train, test

@@ -23,13 +23,13 @@ def sentence(results: Mapping[str, Any]) -> str:
     if "per" in results:
         return (
             f"phone error rate {_percent(results['per'])}{_between(results['per_interval'])}, mean "
-            f"over {results['test_utterances']:,} utterances; "
-            f"{_percent(results['per_pooled'])} of all phones"
+            f"over {counted(results['test_utterances'], 'utterance')}; "
+            f"{_percent(results['per_pooled'])} of all phones{_unsure(results)}"
         )
     return (
         f"{_percent(results['accuracy'])} of {results['counted']} right"
-        f"{_between(results['interval'])}; always the commonest class: "
-        f"{_percent(results['chance'])}"
+        f"{_between(results['interval'])}; one answer for all has at most "
+        f"{_percent(results['chance'])}{_unsure(results)}"
     )
 
 
@@ -47,17 +47,16 @@ def build_report(
     report = Report(f"What {source} tells: {results['target']}", sentence(results))
     used, there = results["train_utterances"], results["train_utterances_there"]
     report.text(
-        f"A probe ({results['method']}) was fitted on {used:,} utterances"
+        f"A probe ({results['method']}) was fitted on {counted(used, 'utterance')}"
         + (f", drawn from {there:,}" if used < there else "")
         + f", {duration(60 * results['train_minutes'])}, and tested on "
         f"{results['test_utterances']:,} others, {duration(60 * results['test_minutes'])}. "
         "The features stayed as they were: what the probe finds was in them. "
-        f"There are {results['classes']} classes."
+        f"There are {results['classes']:,} classes."
     )
-    one = any(math.isnan(v) for v in results.get("interval", results.get("per_interval", ())))
     report.text(
-        f"There is no interval: it takes two {results['interval_over']} to test on."
-        if one
+        f"There is {_unsure(results).removeprefix('; ')}."
+        if _unsure(results)
         else f"Intervals hold 95 % and resample {results['interval_over']}, 2,000 times: they "
         f"tell how much the figure would move with other {results['interval_over']} to test on, "
         "not with others to learn from."
@@ -108,9 +107,9 @@ def _spelling(report: Report, results: Mapping[str, Any], found: Spelled) -> Non
     if learn or spell:
         report.text(
             f"CTC takes a frame for each phone, of every fourth frame of the features. "
-            f"{len(learn):,} utterances to learn from{_named(learn)} and {len(spell):,} to test on"
-            f"{_named(spell)} have more phones than that: the first taught nothing, the others "
-            "cannot come out right and count as they are."
+            f"{counted(len(learn), 'utterance')} to learn from{_named(learn)} and {len(spell):,} "
+            f"to test on{_named(spell)} have more phones than that: the first taught nothing, the "
+            "others cannot come out right and count as they are."
         )
     rates = 100 * found.beam.edits / found.beam.lengths
     figure = Figure(figsize=(5, 2.6), layout="constrained")
@@ -142,13 +141,13 @@ def _classes(
             ]
             for name, own in rows
         ],
-        "Chance is always answering the class most frequent in training.",
+        "Chance is what the best answer would get right that is the same for all that is tested.",
     )
     unseen = results["classes_not_in_training"]
     if unseen:
         report.text(
-            f"{len(unseen)} classes were not learned from{_named(unseen)}: their test labels count "
-            "as wrong."
+            f"Not learned from, so that test labels count as wrong: {len(unseen):,} of the classes"
+            f"{_named(unseen)}."
         )
     if results.get("converged") is False:
         report.text("The fit stopped before it converged; its answer may still move a little.")
@@ -200,6 +199,14 @@ def _percent(value: float) -> str:
 def _between(interval: Sequence[float]) -> str:
     low, high = interval
     return "" if math.isnan(low) else f" ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _unsure(results: Mapping[str, Any]) -> str:
+    """Say why there is no interval, where there is none."""
+    interval = results["per_interval" if "per" in results else "interval"]
+    if not any(math.isnan(value) for value in interval):
+        return ""
+    return f"; no interval: it takes two {results['interval_over']} to test on"
 
 
 def _numbers(interval: Sequence[float]) -> list[float | None]:

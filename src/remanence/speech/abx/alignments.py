@@ -19,18 +19,27 @@ TICKS = 10**9  # a second in ticks, where a file gives seconds
 
 Interval = tuple[int, int, str]
 
-# A quoted text, in which "" stands for a quote; or a flag; or a number that is no index in [].
+LATEST = 10**9  # seconds, some thirty years
+LONGEST = 18  # digits of a number of samples, which 64 bits hold
+
+# A quoted text, in which "" stands for a quote; or a flag; or a number that is no index in []; or a
+# remark, which nobody reads.
 _TOKEN = re.compile(
-    r'"((?:[^"]|"")*)"|<(\w+)>|(?<![\w\[.])(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?![\w\]])'
+    r'"((?:[^"]|"")*)"|<(\w+)>|(?<![\w\[.])(-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![\w\]])'
+    r"|!.*"
 )
 
 
 def ticks_of(seconds: str | float, what: str) -> int:
     """Return decimal seconds as ticks; what lies below a nanosecond is rounding of floats."""
     try:
-        return round(Decimal(str(seconds)) * TICKS)
-    except (InvalidOperation, ValueError, OverflowError):
-        raise InputError(f"{what}: {str(seconds)!r} is no time: give seconds") from None
+        time = Decimal(str(seconds))
+        known = abs(time) <= LATEST
+    except (InvalidOperation, ValueError):
+        known = False
+    if not known:
+        raise InputError(f"{what}: {str(seconds)!r} is no time: give seconds")
+    return round(time * TICKS)
 
 
 def parse_textgrid(text: str, tier: str, what: str = "TextGrid") -> list[Interval]:
@@ -95,6 +104,10 @@ def parse_phn(text: str, what: str = ".phn") -> list[Interval]:
         words = line.split()
         if len(words) != 3 or not (words[0].isdigit() and words[1].isdigit()):
             raise InputError(f"{what} line {number}: write 'first_sample end_sample phone'")
+        if max(map(len, words[:2])) > LONGEST:
+            raise InputError(
+                f"{what} line {number}: {words[1]} is a later time than can be: mend it"
+            )
         intervals.append((int(words[0]), int(words[1]), words[2]))
     return intervals
 
@@ -115,7 +128,7 @@ def _tokens(text: str) -> Iterator[str]:
         quoted, flag, number = match.groups()
         if quoted is not None:
             yield '"' + quoted.replace('""', '"')
-        else:
+        elif flag or number:
             yield f"<{flag}>" if flag else number
 
 

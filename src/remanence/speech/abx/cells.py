@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from remanence.errors import InputError
+from remanence.speech.abx.statistics import number_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +56,7 @@ class Coded:
         context: Number of its context (n,).
         speaker: Number of its speaker (n,).
         phone: Number of its phone (n,).
-        contexts: Names of the contexts, "prev next"; "any" where contexts do not count.
+        contexts: Names of the contexts; see `context_names`.
         speakers: Names of the speakers.
         phones: Names of the phones.
     """
@@ -81,6 +82,20 @@ class Tile:
     columns: Integers
     both: bool = False
 
+    def only(self, kept: NDArray[np.bool_]) -> Tile:
+        """Return the table of the items that are kept, a mask of those in `Coded`."""
+        rows = self.rows[kept[self.rows]]
+        if self.rows is self.columns:
+            return Tile(rows, rows, self.both)
+        return Tile(rows, self.columns[kept[self.columns]], self.both)
+
+
+def context_names(items: Items, context: Context) -> list[str]:
+    """Name the context of each item: the phones before and after with a tab between, or "any"."""
+    if context == "any":
+        return ["any"] * len(items)
+    return [f"{a}\t{b}" for a, b in zip(items.prev, items.next, strict=True)]
+
 
 def encode(items: Items, context: Context, max_group: int | None, seed: int) -> Coded:
     """Number the items, and take at most `max_group` of each context, speaker and phone.
@@ -92,13 +107,8 @@ def encode(items: Items, context: Context, max_group: int | None, seed: int) -> 
         raise InputError(f"context {context!r} is unknown: give one of {get_args(Context)}")
     if max_group is not None and max_group < 2:
         raise InputError(f"max_group {max_group}: give at least 2 items, or None for all")
-    around = [f"{a} {b}" for a, b in zip(items.prev, items.next, strict=True)]
     names, codes = [], []
-    for column in (
-        ["any"] * len(items) if context == "any" else around,
-        items.speaker,
-        items.phone,
-    ):
+    for column in (context_names(items, context), items.speaker, items.phone):
         unique, inverse = np.unique(np.asarray(column, dtype=str), return_inverse=True)
         names.append(tuple(unique.tolist()))
         codes.append(inverse.astype(np.int64).ravel())
@@ -106,8 +116,8 @@ def encode(items: Items, context: Context, max_group: int | None, seed: int) -> 
     order = np.lexsort((items.offset, items.onset, files, codes[2], codes[1], codes[0]))
     if max_group is not None:
         rng = np.random.default_rng(seed)
-        groups = np.ravel_multi_index(
-            tuple(code[order] for code in codes), tuple(len(name) for name in names)
+        groups = number_rows(
+            *((code[order], len(name)) for code, name in zip(codes, names, strict=True))
         )
         drawn = np.lexsort((rng.random(len(order)), groups))
         first = np.searchsorted(groups, groups)  # the place where an item's group begins
@@ -230,11 +240,13 @@ def fixed_subsample(
 
     Contexts (within speakers, each speaker's own) are drawn whole, in random order, until the items
     are enough. Where that would leave most speakers out, each speaker's tokens of a phone are
-    thinned first.
+    thinned first, to two at the least: if these are still too many, within speakers fewer speakers
+    are drawn, and across, where a context has them all, more than `max_items` stay.
 
     Args:
         items: The items.
-        max_items: At most about so many; the time of a score grows with their square at worst.
+        max_items: At most so many, but for what is said above; the time of a score grows with
+            their square at worst.
         speaker: What will be scored.
         context: Likewise.
         seed: For the draw; one seed always gives the same items.
@@ -250,7 +262,7 @@ def fixed_subsample(
     coded = encode(items, context, None, seed)
     blocks = _blocks(coded, speaker)
     if not blocks:
-        raise no_cells(speaker, context, coded)
+        raise no_cells(items, speaker, context)
     wanted = SPREAD * len(np.unique(coded.speaker[np.concatenate(blocks)]))
     best, most = None, 0
     for size in SIZES:
@@ -304,15 +316,15 @@ def check_cells(items: Items, speaker: Speaker, context: Context) -> None:
     _, said, speakers = np.unique(table[:, ::2], axis=0, return_inverse=True, return_counts=True)
     again = count > 1 if speaker == "within" else speakers[said.ravel()] > 1
     if not (again & (phones[own.ravel()] > 1)).any():
-        raise no_cells(speaker, context, coded)
+        raise no_cells(items, speaker, context)
 
 
-def no_cells(speaker: Speaker, context: Context, coded: Coded) -> InputError:
+def no_cells(items: Items, speaker: Speaker, context: Context) -> InputError:
     """Return the error for items that hold no cell."""
-    if speaker == "across" and len(coded.speakers) < 2:
+    if speaker == "across" and len(set(items.speaker)) < 2:
         return InputError("across speakers with one speaker: score 'within' alone, or add speakers")
-    if len(coded.phones) < 2:
-        return InputError(f"all items are {coded.phones[0]!r}: give at least two phones")
+    if len(set(items.phone)) < 2:
+        return InputError(f"all items are {items.phone[0]!r}: give at least two phones")
     twice = (
         "a phone twice beside another phone"
         if speaker == "within"

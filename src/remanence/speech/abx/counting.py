@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     Integers = NDArray[np.int64]
 
+CELLS = 2**18  # speakers of X by speakers by pairs of phones that are counted at a time
+
 
 def count_cells(
     sequences: Sequences,
@@ -74,6 +76,12 @@ def _count(
     """Yield the counts of a table (7, cells), if it has any."""
     from remanence.speech.abx.compiled import count  # numba takes time to import
 
+    halves = _halves(coded, rows, columns)
+    if halves is not None:
+        for upper, left in halves:
+            part = np.ascontiguousarray(table[upper, left])
+            yield from _count(coded, part, rows[upper], columns[left], speaker)
+        return
     x_speakers, x_speaker = np.unique(coded.speaker[rows], return_inverse=True)
     speakers, y_speaker = np.unique(coded.speaker[columns], return_inverse=True)
     phones, y_phone = np.unique(coded.phone[columns], return_inverse=True)
@@ -103,3 +111,24 @@ def _count(
     yield np.stack(
         (context, speakers[y], x_speakers[x], phones[p], phones[q], wrong[found], triplets[found])
     )
+
+
+def _halves(
+    coded: Coded, rows: Integers, columns: Integers
+) -> tuple[tuple[slice, slice], ...] | None:
+    """Cut a table of too many speakers and phones between speakers; None for one that is small.
+
+    Most of the cells of such a table would be empty: few speakers say all phones.
+    """
+    x_speaker, y_speaker = coded.speaker[rows], coded.speaker[columns]
+    many_x, many_y = (int((np.diff(s) != 0).sum()) + 1 for s in (x_speaker, y_speaker))
+    phones = len(np.unique(coded.phone[columns]))
+    if many_x * many_y * phones**2 <= CELLS or many_x == many_y == 1:
+        return None
+    longer = y_speaker if many_y >= many_x else x_speaker
+    edges = np.flatnonzero(np.diff(longer)) + 1
+    cut = int(edges[len(edges) // 2])
+    every, first, second = slice(None), slice(None, cut), slice(cut, None)
+    if longer is y_speaker:
+        return (every, first), (every, second)
+    return (first, every), (second, every)

@@ -24,6 +24,7 @@ Distance = Literal["angular", "cosine", "euclidean", "kl", "kl_symmetric", "iden
 ANGLES = frozenset({"angular", "cosine"})
 SYMMETRIC = frozenset({"angular", "cosine", "euclidean", "kl_symmetric", "identical"})
 EPSILON = 1e-6  # within the logarithms of kl
+PIECE = 2**20  # entries of frames that are taken in float64 at a time
 NOTHING = 1e-14  # what float64 leaves of a difference that is 0, for each unit of its terms
 
 
@@ -84,7 +85,11 @@ def frame_distances(
 
 def frame_norms(frames: Tensor) -> Tensor:
     """Return the Euclidean norms (N,) of frames (N, D), float64, 0 for zero vectors alone."""
-    norms: Tensor = torch.linalg.vector_norm(frames, dim=1, dtype=torch.float64)
+    norms = frames.new_empty(len(frames), dtype=torch.float64)
+    size = max(PIECE // frames.shape[1], 1)
+    for start in range(0, len(frames), size):
+        piece = slice(start, start + size)
+        norms[piece] = torch.linalg.vector_norm(frames[piece], dim=1, dtype=torch.float64)
     odd = (norms == 0) | norms.isinf()
     if odd.any():
         # Zero vectors; or float64 beyond 1e+-154, whose squares are 0 or infinite.

@@ -6,6 +6,7 @@ Times are whole ticks, so that no rounding of floats moves an item by a frame.
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -16,6 +17,7 @@ import numpy as np
 
 from remanence.errors import InputError
 from remanence.speech.abx.alignments import (
+    LATEST,
     TICKS,
     parse_phn,
     parse_textgrid,
@@ -38,6 +40,9 @@ SILENCE = "SIL"
 SILENCES = frozenset({"", "sil", "sp", "spn", "SIL", "h#", "#h", "pau", "epi", "<eps>", "-1"})
 HEADER = "#file onset offset #phone prev-phone next-phone speaker"
 
+_TIME = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_ITEM = re.compile(rf"\s*\S+\s+{_TIME}\s+{_TIME}(?:\s+\S+){{4}}\s*")
+
 Span = Literal["phone", "triphone"]
 
 
@@ -48,7 +53,8 @@ class Items:
     Attributes:
         file: Names of the features that they lie in (n,).
         onset: Beginnings (n,), int64 ticks.
-        offset: Ends (n,), int64 ticks; `WHOLE` is the end of the file.
+        offset: Ends (n,), int64 ticks; `WHOLE` is the end of the file. An item of no length is one
+            without frames.
         phone: What they are (n,).
         prev: The phone before (n,).
         next: The phone after (n,).
@@ -73,10 +79,14 @@ class Items:
             > 1
         ):
             raise InputError("the columns of items differ in length: give each item every column")
-        wrong = (self.onset < 0) | ((self.offset <= self.onset) & (self.offset != WHOLE))
+        wrong = (self.onset < 0) | ((self.offset < self.onset) & (self.offset != WHOLE))
         if wrong.any():
             i = int(wrong.argmax())
             raise InputError(f"{self.describe(i)} ends before it begins: mend its onset and offset")
+        late = np.maximum(self.onset, self.offset) > LATEST * self.ticks
+        if late.any():
+            which = self.describe(int(late.argmax()))
+            raise InputError(f"{which}, lies after {LATEST:,} s: check its times and their rate")
         rows = zip(
             self.file, self.onset, self.offset, self.phone, self.prev, self.next, self.speaker,
             strict=True,
@@ -95,6 +105,14 @@ class Items:
         columns = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "ticks"}
         return Items(**columns, ticks=self.ticks)
 
+    def by_file(self) -> dict[str, Integers]:
+        """Return the places of each file's items, rising; files in order of their first item."""
+        number = {file: i for i, file in enumerate(dict.fromkeys(self.file))}
+        files = np.array([number[file] for file in self.file], np.int64)
+        order = np.argsort(files, kind="stable")
+        edges = np.searchsorted(files[order], np.arange(1, len(number)))
+        return dict(zip(number, np.split(order, edges), strict=True))
+
     def describe(self, i: int) -> str:
         """Return an item in words, for messages."""
         end = "end" if self.offset[i] == WHOLE else f"{self.offset[i] / self.ticks:.9g} s"
@@ -105,16 +123,23 @@ class Items:
     def read(cls, path: str | Path) -> Items:
         """Read an item file: a header, then `file onset offset phone prev next speaker` a line.
 
+        Text is in UTF-8, or in UTF-16 with a mark of its byte order.
+
         Raises:
-            InputError: The file cannot be read, or a line is of another form.
+            InputError: The file cannot be read, has no header, or a line is of another form.
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()[1:]
+            data = Path(path).read_bytes()
+            wide = data[:2] in {BOM_UTF16_LE, BOM_UTF16_BE}
+            header, *lines = data.decode("utf-16" if wide else "utf-8-sig").splitlines() or [""]
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "no UTF-8 text"
+            reason = getattr(error, "strerror", None) or "no text in UTF-8 or UTF-16"
             raise InputError(
                 f"item file {path} cannot be read ({reason}): give a text file with one item a line"
             ) from None
+        # Every reader skips the first line: an item there would be lost without a word.
+        if _ITEM.fullmatch(header):
+            raise InputError(f"{path} line 1 is an item: write the header '{HEADER}' above it")
         rows = [(i, line.split()) for i, line in enumerate(lines, 2) if line.strip()]
         for i, row in rows:
             if len(row) != 7:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TABLE = 2**19  # distances between frames held at a time by the processor, to stay in its cache
 DEVICE_TABLE = 2**25  # entries of padded matrices held at a time by another device
+COLUMNS = 2**23  # entries of the columns of one row, and of their frames, held by the processor
 SPARE = 1.2  # frames padded over frames, from which the padding of distances costs less
 FEW = 32  # items of which taking half the pairs saves nothing
 
@@ -33,7 +34,7 @@ class Sequences:
     Attributes:
         frames: All frames (F, D); sequences may share some.
         start: First frame of each (n,).
-        length: Number of frames of each, at least 1 (n,).
+        length: Number of frames of each (n,), at least 1 for those that are compared.
         norms: Norms of the frames (F,), where the distance needs them.
     """
 
@@ -78,10 +79,16 @@ def item_distances(
     forward = np.empty((len(rows), len(columns)), np.float32)
     backward = np.empty_like(forward) if both else forward
     for part in _parts(sequences, rows[by_row], columns, len(rows)):
-        ahead, back = _align(sequences, rows[by_row[part]], columns[by_column], distance, both=both)
-        forward[np.ix_(by_row[part], by_column)] = ahead
-        if both:
-            backward[np.ix_(by_row[part], by_column)] = back
+        some = by_row[part]
+        longest = int(sequences.length[rows[some[-1]]])
+        for piece in _pieces(sequences, columns[by_column], longest):
+            place = np.ix_(some, by_column[piece])
+            ahead, back = _align(
+                sequences, rows[some], columns[by_column[piece]], distance, both=both
+            )
+            forward[place] = ahead
+            if both:
+                backward[place] = back
     return forward, backward
 
 
@@ -96,9 +103,13 @@ def mutual_distances(sequences: Sequences, items: Integers, distance: Distance) 
     ordered = items[order]
     result = np.empty((len(items), len(items)), np.float32)
     for part in _parts(sequences, ordered, ordered, -(-len(items) // 8)):
-        ahead, back = _align(sequences, ordered[part], ordered[part.start :], distance, both=True)
-        result[np.ix_(order[part], order[part.start :])] = ahead
-        result[np.ix_(order[part.stop :], order[part])] = back[:, part.stop - part.start :].T
+        some, rest = order[part], order[part.start :]
+        longest = int(sequences.length[items[some[-1]]])
+        for piece in _pieces(sequences, items[rest], longest):
+            others = rest[piece]
+            ahead, back = _align(sequences, items[some], items[others], distance, both=True)
+            result[np.ix_(some, others)] = ahead
+            result[np.ix_(others, some)] = back.T
     return result
 
 
@@ -114,6 +125,26 @@ def _parts(sequences: Sequences, rows: Integers, columns: Integers, most: int) -
         else:
             size = DEVICE_TABLE // (len(columns) * int(lengths[columns].max()) * longest)
         stop = min(start + max(size, 1), stop)
+        yield slice(start, stop)
+        start = stop
+
+
+def _pieces(sequences: Sequences, columns: Integers, longest: int) -> Iterator[slice]:
+    """Cut columns, sorted by length, into pieces whose tables with one row fit."""
+    lengths = sequences.length[columns]
+    processor = sequences.frames.device.type == "cpu"
+    room = (COLUMNS if processor else DEVICE_TABLE) // max(longest, sequences.frames.shape[1])
+    together = 1
+    if processor:
+        from remanence.speech.abx.compiled import LANES  # numba takes time to import
+
+        together = LANES
+    start = 0
+    while start < len(columns):
+        rest = lengths[start:]
+        frames = rest.cumsum() if processor else rest * np.arange(1, len(rest) + 1)
+        size = int(np.searchsorted(frames, room, "right")) // together * together
+        stop = min(start + max(size, together), len(columns))
         yield slice(start, stop)
         start = stop
 

@@ -32,6 +32,7 @@ from remanence.speech.abx.statistics import (
     Cells,
     Mean,
     add_cells,
+    cell_keys,
     p_value,
     speaker_interval,
     speaker_stderr,
@@ -122,7 +123,8 @@ class AbxResult:
     def compare(self, other: AbxResult) -> Comparison:
         """Test whether the error of other features on the same cells is another.
 
-        Cells that only one has, for want of frames in an item, are left out.
+        Cells that only one has, for want of frames in items, are left out. What is drawn, by
+        `max_group` and `max_x_speakers`, is the same for both if the seed is.
 
         Raises:
             InputError: The results are of other items or means, or have no cell in common.
@@ -132,8 +134,9 @@ class AbxResult:
             theirs.contexts, theirs.speakers, theirs.phones, other.aggregate,
         ):  # fmt: skip
             raise InputError("the results are of different items or means: score both alike")
+        keys = cell_keys([mine, theirs])
         common, first, second = np.intersect1d(
-            mine.keys(), theirs.keys(), assume_unique=True, return_indices=True
+            keys[0], keys[1], assume_unique=True, return_indices=True
         )
         if not len(common):
             raise InputError("the results have no cell in common: score both alike")
@@ -224,18 +227,23 @@ def run(
     if empty.all():
         raise InputError("no item has a frame: check frame_rate against the items' times")
     dropped = int(empty.sum())
-    kept = items[~empty]
-    sequences = _pack(matrices, kept, start[~empty], stop[~empty], distance, device)
-    coded = encode(kept, context, max_group, seed)
+    sequences = _pack(matrices, items, start, stop, distance, device)
+    # All items have numbers and are drawn from, and those without frames are dropped afterwards:
+    # other features of the same items then have the same numbers and draws.
+    coded = encode(items, context, max_group, seed)
     sequences = replace(
         sequences, start=sequences.start[coded.item], length=sequences.length[coded.item]
     )
     plan = tiles(coded, speaker, max_x_speakers, seed, symmetric=distance in SYMMETRIC)
     own = list(islice(plan, shard[0], None, shard[1]))
+    if dropped:
+        full = ~empty[coded.item]
+        own = [tile.only(full) for tile in own]
+        own = [tile for tile in own if len(tile.rows) and len(tile.columns)]
     cells = count_cells(sequences, coded, own, distance, speaker, tell)
     if not len(cells):
         if shard[1] == 1:
-            raise no_cells(speaker, context, coded)
+            raise no_cells(items[~empty], speaker, context)
         return AbxResult(np.nan, np.nan, (np.nan, np.nan), cells, aggregate, slicing, dropped)
     return _result(cells, aggregate, slicing, dropped, bootstrap, seed)
 
@@ -274,18 +282,22 @@ def _pack(
     distance: Distance,
     device: str | torch.device | None,
 ) -> Sequences:
-    """Put the features of all files that have items one after the other."""
-    used = list(dict.fromkeys(items.file))
+    """Put the features of all files that have items with frames one after the other."""
+    used = list(dict.fromkeys(items.file[start < stop]))
     widths = {(matrices[file].shape[1], matrices[file].dtype) for file in used}
     if len(widths) > 1:
         raise InputError(f"features differ in dimension or type, {widths}: use one encoder for all")
     place = torch.device("cpu" if device is None else device)
     if place.type == "mps":
         raise InputError("device 'mps' has no float64: use 'cpu' or 'cuda'")
-    lengths = np.array([len(matrices[file]) for file in used])
-    begins = dict(zip(used, (lengths.cumsum() - lengths).tolist(), strict=True))
-    frames = torch.cat([matrices[file].to(place) for file in used])
-    first = start + np.array([begins[file] for file in items.file])
+    frames = matrices[used[0]].new_empty(
+        (sum(len(matrices[file]) for file in used), matrices[used[0]].shape[1]), device=place
+    )
+    begins, end = {}, 0
+    for file in used:
+        begins[file], end = end, end + len(matrices[file])
+        frames[begins[file] : end] = matrices[file]
+    first = start + np.array([begins.get(file, 0) for file in items.file])
     norms = frame_norms(frames) if distance in ANGLES else None
     return Sequences(frames, first, stop - start, norms)
 

@@ -43,7 +43,8 @@ def slice_frames(
     """Return the frames of items, from `start` to before `stop`; none where start = stop.
 
     Args:
-        items: The items; those without an end have all frames of their file from the onset on.
+        items: The items; those without an end have all frames of their file from the onset on, and
+            those of no length none.
         frames: Number of frames of each file.
         frame_rate: Frames a second, of evenly spaced features; or else
         times: Centres of the frames of each file in seconds, rising (T,).
@@ -80,7 +81,7 @@ def slice_frames(
     stop = last + 1 if slicing == "inclusive" else last
     stop = np.where(whole, length, np.minimum(stop, length))
     start = np.clip(start, 0, length)
-    return start, np.maximum(stop, start)
+    return start, np.where(items.onset == items.offset, start, np.maximum(stop, start))
 
 
 def _by_rate(items: Items, frame_rate: float | Fraction) -> tuple[Integers, Integers]:
@@ -102,13 +103,12 @@ def _by_times(
     start, last = np.zeros(len(items), np.int64), np.zeros(len(items), np.int64)
     onset = -(-items.onset.astype(object) * NANO // items.ticks)
     offset = items.offset.astype(object) * NANO // items.ticks
-    for file in dict.fromkeys(items.file):
+    for file, own in items.by_file().items():
         if file not in times or tuple(times[file].shape) != (frames[file],):
             raise InputError(f"times of {file!r} do not fit: give {frames[file]}, one a frame")
         centres = torch.round(times[file].double() * NANO).long().cpu().numpy()
         if (np.diff(centres) <= 0).any():
             raise InputError(f"times of {file!r} do not rise: sort the frames")
-        own = items.file == file
         start[own] = np.searchsorted(centres, onset[own].astype(np.int64), "left")
         last[own] = np.searchsorted(centres, offset[own].astype(np.int64), "right") - 1
     return start, last

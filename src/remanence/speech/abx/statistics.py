@@ -62,15 +62,31 @@ class Cells:
         """The error of each cell, from 0 to 1."""
         return self.wrong / (2 * self.triplets)
 
-    def keys(self) -> Integers:
-        """Return a number for each cell, rising."""
-        return np.ravel_multi_index(
-            (self.context, self.speaker, self.x_speaker, self.phone, self.other),
-            (
-                len(self.contexts), len(self.speakers), len(self.speakers), len(self.phones),
-                len(self.phones),
-            ),
-        )  # fmt: skip
+
+def number_rows(*columns: tuple[Integers, int]) -> Integers:
+    """Return one number for each row of columns, equal for equal rows and rising with them.
+
+    Args:
+        columns: Numbers (n,), and what they are below.
+    """
+    number, size = columns[0]
+    for column, below in columns[1:]:
+        if size * below > np.iinfo(np.int64).max:
+            found, number = np.unique(number, return_inverse=True)
+            size = len(found)
+        number, size = number * below + column, size * below
+    return number
+
+
+def cell_keys(parts: list[Cells]) -> list[Integers]:
+    """Return a number for each cell of each part: one cell has one number in all; rising."""
+    first = parts[0]
+    S, P = len(first.speakers), len(first.phones)
+    below = {"context": len(first.contexts), "speaker": S, "x_speaker": S, "phone": P, "other": P}
+    keys = number_rows(
+        *((np.concatenate([getattr(part, name) for part in parts]), n) for name, n in below.items())
+    )
+    return np.split(keys, np.cumsum([len(part) for part in parts])[:-1])
 
 
 def add_cells(parts: list[Cells]) -> Cells:
@@ -86,7 +102,7 @@ def add_cells(parts: list[Cells]) -> Cells:
         ):  # fmt: skip
             raise InputError("the shards are of different items: score the same items in each")
     keys, place, inverse = np.unique(
-        np.concatenate([part.keys() for part in parts]), return_index=True, return_inverse=True
+        np.concatenate(cell_keys(parts)), return_index=True, return_inverse=True
     )
     columns = {
         name: np.concatenate([getattr(part, name) for part in parts])[place]
@@ -122,19 +138,20 @@ class Mean:
                 f"aggregate {aggregate!r} is unknown: give one of {get_args(Aggregate)}"
             )
         S, P = len(cells.speakers), len(cells.phones)
-        key = np.ravel_multi_index(
-            (cells.phone, cells.other, cells.speaker, cells.x_speaker), (P, P, S, S)
+        key = number_rows(
+            (cells.phone, P), (cells.other, P), (cells.speaker, S), (cells.x_speaker, S)
         )
-        found, place = np.unique(key, return_inverse=True)
+        found, first, place = np.unique(key, return_index=True, return_inverse=True)
         amount = (
             cells.triplets.astype(np.float64) if aggregate == "weighted" else np.ones(len(cells))
         )
         self.sums = np.bincount(place.ravel(), values * amount, len(found))
         self.counts = np.bincount(place.ravel(), amount, len(found))
-        pair, self.speaker, self.x_speaker = np.unravel_index(found, (P * P, S, S))
+        pair = cells.phone[first] * P + cells.other[first]
+        self.speaker, self.x_speaker = cells.speaker[first], cells.x_speaker[first]
         self.pair = np.unique(pair, return_inverse=True)[1].ravel()
         # Rows are in order of pair, then speaker: each new one begins a group.
-        self.group = np.cumsum(np.diff(pair * S + self.speaker, prepend=-1) != 0) - 1
+        self.group = np.cumsum(np.diff(self.pair * S + self.speaker, prepend=-1) != 0) - 1
         self.group_pair = self.pair[np.searchsorted(self.group, np.arange(self.group[-1] + 1))]
         self.aggregate = aggregate
 

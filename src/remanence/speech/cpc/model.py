@@ -21,6 +21,7 @@ from remanence.speech.cpc.predictor import (
     SeparatePredictors,
 )
 from remanence.speech.cpc.presets import PRESETS
+from remanence.speech.cpc.seq_norm import standardise
 from remanence.speech.cpc.stream import FeatureStream
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ State = tuple[Tensor, Tensor]
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MOST_LAYERS = 64
 PIECE = 1024  # frames encoded at a time; at 16 kHz and H = 256 the first layer takes 34 MB
-EPS = 1e-8  # of the variance in seq_norm
 
 
 class CPC(nn.Module):
@@ -204,7 +204,7 @@ class CPC(nn.Module):
             stream = FeatureStream(self, layer)
             pieces = [stream.push(piece) for piece in torch.split(wave, PIECE * stride, dim=1)]
             frames = torch.cat([*pieces, stream.flush()], dim=1)
-            return _normalised(frames) if seq_norm else frames
+            return standardise(frames) if seq_norm else frames
         if chunk < stride or chunk % stride:
             raise InputError(f"chunk {chunk}: give a multiple of {stride} samples")
         return self._in_chunks(wave, layers, chunk, strict=strict, seq_norm=seq_norm)
@@ -230,7 +230,7 @@ class CPC(nn.Module):
                 if layers:
                     frames, state = self.context(frames, state, layers=layers)
                 if seq_norm:
-                    frames = _normalised(frames)
+                    frames = standardise(frames)
                 found.append(frames if kept is None else frames[:, -kept:])
         return torch.cat(found, dim=1)
 
@@ -298,12 +298,6 @@ class CPC(nn.Module):
             raise InputError(f"{folder / WEIGHTS}: holds NaN or infinity; train it again")
         model.load_state_dict(weights, assign=True)
         return model.eval()
-
-
-def _normalised(frames: Tensor) -> Tensor:
-    mean = frames.mean(1, keepdim=True)
-    var = frames.var(1, keepdim=True, correction=min(frames.shape[1] - 1, 1))
-    return (frames - mean) / (var + EPS).sqrt()
 
 
 def _first_line(error: Exception) -> str:

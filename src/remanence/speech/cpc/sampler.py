@@ -29,24 +29,32 @@ class WindowBatch:
     Attributes:
         windows: The pieces of each window (B).
         speakers: The speaker of each window (B).
+        everyone: The speakers of the windows of all processes at this step (processes B).
     """
 
     windows: tuple[tuple[Piece, ...], ...]
     speakers: tuple[str, ...]
+    everyone: tuple[str, ...]
 
-    @property
-    def same_speaker(self) -> float:
-        """Chance that a negative, drawn evenly from the batch, has its anchor's speaker, 0 to 1."""
-        _, counts = np.unique(self.speakers, return_counts=True)
-        return float(np.square(counts / len(self.speakers)).sum())
+
+def same_speaker(speakers: Sequence[str]) -> float:
+    """Return the chance that a negative, drawn evenly from windows, has its anchor's speaker.
+
+    Args:
+        speakers: Of the windows, at least one.
+    """
+    _, counts = np.unique(speakers, return_counts=True)
+    return float(np.square(counts / len(speakers)).sum())
 
 
 class WindowSampler:
     """Batches of windows, epoch by epoch, the same for the same seed.
 
-    No window is in two batches of an epoch, and no sample in two windows. On one process the last
-    batch of a speaker may be smaller; on several, smaller batches are dropped, and each process has
-    as many as the others. Iterating goes on where it stopped, or where `load_state_dict` says.
+    No window is in two batches of an epoch, and no sample in two windows. The last batch of a
+    speaker or recording may be smaller. On several processes each has as many batches as the
+    others, and at each step all have one of the same size: for that some windows are left out, no
+    more than a batch for each further process. Iterating goes on where it stopped, or where
+    `load_state_dict` says.
 
     Args:
         lengths: Samples of each recording (R,).
@@ -55,7 +63,7 @@ class WindowSampler:
         batch: Windows a batch.
         mode: `speaker`, all of a batch from one speaker; `sequence`, from one recording (short
             recordings that are joined count as one); `uniform`, from all; `sequential`, in the
-            order given, nothing drawn.
+            order given, those shorter than a window last, nothing drawn.
         straddle: See `cut`.
         seed: Of offsets and order.
         rank: Number of this process.
@@ -65,10 +73,11 @@ class WindowSampler:
         skipped: Speakers with less than a window in all.
         epoch: Under way.
         done: Batches of this epoch that were given out.
+        left_out: Windows of this epoch that no process is given.
 
     Raises:
         InputError: Nothing known of speakers that `mode` needs, an option out of range, no speaker
-            with a window, or fewer whole batches than processes.
+            with a window, or fewer batches than processes.
     """
 
     def __init__(
@@ -106,7 +115,7 @@ class WindowSampler:
         self.speakers = place.ravel().astype(np.int64)
         self.window, self.batch, self.mode, self.straddle = window, batch, mode, straddle
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        having = np.unique(cut(self.lengths, self.speakers, window, straddle=straddle).speaker)
+        having = np.unique(self._cut(None).speaker)
         if not len(having):
             longest = int(np.bincount(self.speakers, self.lengths).max())
             raise InputError(
@@ -120,24 +129,21 @@ class WindowSampler:
         """Go to the beginning of an epoch."""
         self.epoch, self.done = epoch, 0
         rng = np.random.default_rng((self.seed, epoch))
-        still = self.mode == "sequential"
-        self._windows: Windows = cut(
-            self.lengths,
-            self.speakers,
-            self.window,
-            straddle=self.straddle,
-            rng=None if still else rng,
-        )
+        self._windows = self._cut(None if self.mode == "sequential" else rng)
         batches = self._batches(rng)
-        if self.world_size > 1:
-            batches = [each for each in batches if len(each) == self.batch]
-            if len(batches) < self.world_size:
-                raise InputError(
-                    f"{len(batches)} whole batches for {self.world_size} processes: give more "
-                    "speech, smaller batches or fewer processes"
-                )
-            batches = batches[: len(batches) - len(batches) % self.world_size]
-        self._own = batches[self.rank :: self.world_size]
+        if len(batches) < self.world_size:  # perhaps for the windows that offsets cost
+            self._windows = self._cut(None)
+            batches = self._batches(rng)
+        if len(batches) < self.world_size:
+            raise InputError(
+                f"{len(batches)} batches for {self.world_size} processes: give more speech, "
+                "smaller batches or fewer processes"
+            )
+        self._steps = _steps(batches, self.world_size)
+        self.left_out = len(self._windows) - sum(step.size for step in self._steps)
+
+    def _cut(self, rng: np.random.Generator | None) -> Windows:
+        return cut(self.lengths, self.speakers, self.window, straddle=self.straddle, rng=rng)
 
     def _batches(self, rng: np.random.Generator) -> list[NDArray[np.int64]]:
         """Return the windows of each batch of all processes, in order."""
@@ -161,21 +167,27 @@ class WindowSampler:
 
     def __len__(self) -> int:
         """Batches of this process in this epoch."""
-        return len(self._own)
+        return len(self._steps)
 
     def __iter__(self) -> Iterator[WindowBatch]:
         """Yield the batches of this epoch that were not given out yet."""
-        while self.done < len(self._own):
-            chosen = self._own[self.done]
+        while self.done < len(self._steps):
+            step = self._steps[self.done]
             self.done += 1
-            names = tuple(str(name) for name in self.names[self._windows.speaker[chosen]])
+            chosen = step[self.rank]
+            names = self._speakers(chosen)
             if self.mode in {"speaker", "sequence"}:
                 assert len(set(names)) == 1, f"a batch of several speakers: {set(names)}"
-            yield WindowBatch(tuple(self._windows.pieces(i) for i in chosen.tolist()), names)
+            pieces = tuple(self._windows.pieces(i) for i in chosen.tolist())
+            yield WindowBatch(pieces, names, self._speakers(step.ravel()))
+
+    def _speakers(self, windows: NDArray[np.int64]) -> tuple[str, ...]:
+        return tuple(str(name) for name in self.names[self._windows.speaker[windows]])
 
     def windows_of(self) -> dict[str, int]:
-        """Return the number of windows of each speaker in this epoch, on all processes."""
-        counts = np.bincount(self._windows.speaker, minlength=len(self.names))
+        """Return how many windows of each speaker are in this epoch's batches, of all processes."""
+        given = np.concatenate([step.ravel() for step in self._steps])
+        counts = np.bincount(self._windows.speaker[given], minlength=len(self.names))
         return {str(name): int(n) for name, n in zip(self.names, counts, strict=True)}
 
     def state_dict(self) -> dict[str, int]:
@@ -186,3 +198,18 @@ class WindowSampler:
         """Go where `state_dict` stood."""
         self.set_epoch(state["epoch"])
         self.done = state["done"]
+
+
+def _steps(batches: list[NDArray[np.int64]], processes: int) -> list[NDArray[np.int64]]:
+    """Return the windows of each step (processes, B), B that of the smallest of its batches.
+
+    Batches of about one size make a step, so that little is cut off; steps stay in the order of
+    the batches.
+    """
+    largest_first = sorted(range(len(batches)), key=lambda i: -len(batches[i]))
+    whole = len(batches) - len(batches) % processes
+    together = [largest_first[i : i + processes] for i in range(0, whole, processes)]
+    return [
+        np.stack([batches[i][: len(batches[step[-1]])] for i in step])
+        for step in sorted(together, key=min)
+    ]

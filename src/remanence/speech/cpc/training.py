@@ -89,6 +89,8 @@ class Contrast(nn.Module):
 class Schedule:
     """The learning rate by step: a linear rise, then constant, halved now and then.
 
+    It rises at each step; the code released with arXiv 2007.00991 rises once an epoch.
+
     Attributes:
         peak: After the rise.
         ramp: Steps of the rise; 0 for none.

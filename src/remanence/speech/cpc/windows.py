@@ -78,11 +78,11 @@ def cut(
 ) -> Windows:
     """Cut recordings into consecutive windows that share no sample.
 
-    A recording of at least a window is a stretch of its own, with whole windows from an offset that
-    leaves none out. Shorter recordings of one speaker are joined to a stretch. With `straddle` all
-    recordings of a speaker are joined in the order given, and one offset in 0..window/2 holds for
-    all speakers, as in the published code: windows may then hold the end of one recording and the
-    beginning of the next.
+    A recording of at least a window is a stretch of its own; shorter ones of one speaker are joined
+    to a stretch. The windows of a stretch begin at an offset that leaves none out: what whole
+    windows fit is cut in the same places every time. With `straddle` all recordings of a speaker
+    are joined in the order given, and one offset in 0..window/2 holds for all speakers, as in the
+    published code: windows may then hold the end of one recording and the beginning of the next.
 
     Args:
         lengths: Samples of each recording (R,), at least 1.

@@ -26,7 +26,7 @@ class Accuracy:
         accuracy: Right ones over all that are labelled.
         interval: 95 % interval, resampling groups; NaN where there are fewer than two.
         balanced: Mean over the classes that occur of the accuracy of each.
-        chance: Accuracy of always answering the class that is most frequent in `prior`.
+        chance: Accuracy of the best constant answer; at least 1 / C.
         confusion: Number of each true class (rows) taken for each class (columns), (C, C) int64.
         right: Right ones of each utterance (N,).
         counts: Labelled ones of each utterance (N,).
@@ -46,7 +46,6 @@ def accuracy(
     labels: Sequence[Tensor],
     classes: int,
     *,
-    prior: Sequence[int] | None = None,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
 ) -> Accuracy:
@@ -56,7 +55,6 @@ def accuracy(
         predicted: (n,) int64 of each utterance.
         labels: (n,) int64 of each; below 0 is not counted.
         classes: C.
-        prior: How often each class occurs in training (C,); in `labels` if None.
         groups: What is resampled for the interval, such as the speaker of each utterance;
             utterances if None.
         seed: For the resampling.
@@ -80,13 +78,12 @@ def accuracy(
     right = np.bincount(owner[truth == p], minlength=len(sizes))
     counts = np.bincount(owner, minlength=len(sizes))
     seen = confusion.sum(1)
-    usual = int(np.argmax(seen if prior is None else np.asarray(prior)))
     each = confusion.diagonal()[seen > 0] / seen[seen > 0]
     return Accuracy(
         float(right.sum() / counts.sum()),
         ratio_interval(right, counts, groups, seed=seed),
         float(each.mean()),
-        float(seen[usual] / seen.sum()),
+        float(seen.max() / seen.sum()),
         confusion.astype(np.int64),
         right.astype(np.int64),
         counts.astype(np.int64),
