@@ -65,15 +65,37 @@ class RandomPitch(RowEffect):
         )
 
 
-class RandomSpeed(RowEffect):
+class _Played(RowEffect):
+    """Plays by a factor even over a range, and says where that ends."""
+
+    changes_ends = True
+
+    def __init__(self, factor: Range, *, p: float, always: bool) -> None:
+        super().__init__(p=p, always=always)
+        self.factor = as_range("factor", factor, 0.1, 10)
+
+    def draw(self, lengths: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Draw `factor`, float64."""
+        return {"factor": uniform(self.factor, len(lengths), generator)}
+
+    def ends(self, lengths: Tensor, params: Params, time: int) -> Tensor:
+        """Ends of the examples after the effect; see `Augmentation.ends`."""
+        values, old = params.to(home(lengths.device)).values, lengths.to(home(lengths.device))
+        played = torch.floor(old / values["factor"] + 0.5).long().clamp(max=time)
+        return torch.where(values["apply"], played.maximum(old.clamp(max=1)), old)
+
+    def most_samples(self, length: int) -> int:
+        """The most samples after the effect; see `Augmentation.most_samples`."""
+        return max(length, math.floor(length / self.factor[0] + 0.5))
+
+
+class RandomSpeed(_Played):
     """Play faster or slower, pitch and all, by a factor even over a range; `speed`.
 
     The batch keeps its shape: a faster example ends sooner, at `ends`, with zeros behind it, a
     slower one later, in the padding behind its length. It is cut where the batch ends: pad by
     `most_samples` before, and nothing is. Draws `factor`.
     """
-
-    changes_ends = True
 
     def __init__(
         self,
@@ -83,13 +105,9 @@ class RandomSpeed(RowEffect):
         p: float = 1.0,
         always: bool = False,
     ) -> None:
-        super().__init__(p=p, always=always)
+        super().__init__(factor, p=p, always=always)
         check_quality(quality)
-        self.factor, self.quality = as_range("factor", factor, 0.1, 10), quality
-
-    def draw(self, lengths: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Draw `factor`, float64."""
-        return {"factor": uniform(self.factor, len(lengths), generator)}
+        self.quality = quality
 
     def effect(self, rows: Tensor, lengths: Tensor | None, values: dict[str, Tensor]) -> Tensor:
         """Change the speed."""
@@ -102,22 +120,12 @@ class RandomSpeed(RowEffect):
         )
         return functional.pad(out, (0, rows.shape[-1] - out.shape[-1]))
 
-    def ends(self, lengths: Tensor, params: Params, time: int) -> Tensor:
-        """Ends of the examples after the effect; see `Augmentation.ends`."""
-        return _played(lengths, params, time)
 
-    def most_samples(self, length: int) -> int:
-        """The most samples after the effect; see `Augmentation.most_samples`."""
-        return _slowest(length, self.factor)
-
-
-class RandomTempo(RowEffect):
+class RandomTempo(_Played):
     """Play faster or slower at the same pitch, by a factor even over a range; `tempo`.
 
     Keeps the batch's shape as `RandomSpeed` does. Draws `factor`.
     """
-
-    changes_ends = True
 
     def __init__(
         self,
@@ -128,16 +136,11 @@ class RandomTempo(RowEffect):
         p: float = 1.0,
         always: bool = False,
     ) -> None:
-        super().__init__(p=p, always=always)
+        super().__init__(factor, p=p, always=always)
         check_rate(sample_rate)
         sizes(sample_rate)  # which refuses a rate that is too low
         check_search(search)
         self.sample_rate, self.search = sample_rate, search
-        self.factor = as_range("factor", factor, 0.1, 10)
-
-    def draw(self, lengths: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Draw `factor`, float64."""
-        return {"factor": uniform(self.factor, len(lengths), generator)}
 
     def effect(self, rows: Tensor, lengths: Tensor | None, values: dict[str, Tensor]) -> Tensor:
         """Change the tempo."""
@@ -150,21 +153,3 @@ class RandomTempo(RowEffect):
             lengths=lengths,
         )
         return functional.pad(out, (0, rows.shape[-1] - out.shape[-1]))
-
-    def ends(self, lengths: Tensor, params: Params, time: int) -> Tensor:
-        """Ends of the examples after the effect; see `Augmentation.ends`."""
-        return _played(lengths, params, time)
-
-    def most_samples(self, length: int) -> int:
-        """The most samples after the effect; see `Augmentation.most_samples`."""
-        return _slowest(length, self.factor)
-
-
-def _played(lengths: Tensor, params: Params, time: int) -> Tensor:
-    values, old = params.to(home(lengths.device)).values, lengths.to(home(lengths.device))
-    played = torch.floor(old / values["factor"] + 0.5).long().clamp(max=time)
-    return torch.where(values["apply"], played.maximum(old.clamp(max=1)), old)
-
-
-def _slowest(length: int, factor: tuple[float, float]) -> int:
-    return max(length, math.floor(length / factor[0] + 0.5))
