@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from remanence.speech.wavaugment.graph import Bounds, home
 from remanence.speech.wavaugment.resampling import Quality, resample_at
-from remanence.speech.wavaugment.waves import Waves, as_waves, per_example
+from remanence.speech.wavaugment.waves import Waves, as_waves, fits, per_example
 from remanence.speech.wavaugment.wsola import Search, stretch
 
 FACTORS = (0.1, 100.0)
@@ -224,16 +224,25 @@ def _working(x: Tensor) -> Tensor:
 
 
 def _cut(x: Tensor, lengths: Tensor) -> Tensor:
-    """Zeros behind each clip's length."""
+    """Zeros behind each clip's length, in a result that nobody else holds."""
+    if fits(x):
+        # In place: new memory costs more than what is done in it.
+        for clip, length in zip(x.detach().numpy(), lengths.tolist(), strict=True):
+            clip[:, length:] = 0
+        return x
     inside = torch.arange(x.shape[2], device=x.device) < lengths.to(x.device)[:, None]
     return x.where(inside[:, None], 0)
 
 
 def _unless_one(factors: Tensor, x: Tensor, out: Tensor) -> Tensor:
     """What was done to clips with a factor of 1 is undone, to the bit."""
+    if fits(out) and fits(x):
+        same, n_samples = factors.numpy() == 1, min(x.shape[2], out.shape[2])
+        out.numpy()[same, :, :n_samples] = x.detach().numpy()[same, :, :n_samples]
+        return out
     fitted = functional.pad(x, (0, out.shape[2] - x.shape[2]))  # a negative pad crops
-    same = (factors == 1).to(x.device)[:, None, None]
-    return fitted.where(same, out.to(x.dtype))
+    kept = (factors == 1).to(x.device)[:, None, None]
+    return fitted.where(kept, out.to(x.dtype))
 
 
 def _longest(waves: Waves, ends: Tensor, bounds: Bounds | None) -> int:

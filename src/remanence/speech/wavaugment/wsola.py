@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -93,12 +94,16 @@ def stretch(
     # From lead + n_samples on there are only zeros: later segments may all read there.
     steps = torch.arange(n_segments, dtype=torch.float64, device=factors.device) * size.hop
     reads = torch.floor(factors[:, None] * steps + 0.5).clamp(max=lead + n_samples)  # (B, S)
-    padded = functional.pad(wave, (lead, lead + size.segment + size.search))
+    around = lead, lead + size.segment + size.search
     reads = reads.long().to(wave.device)
     if fits(wave) and not exact:
         from remanence.speech.wavaugment.compiled import spliced  # numba takes time to import
 
-        return spliced(padded, reads, size, n_out, TIE, quick=search == "quick")
+        # NumPy's, as threads of torch's that had padded would spin in the way of the kernel's.
+        filled = np.pad(wave.detach().numpy(), ((0, 0), (0, 0), around))
+        quick = search == "quick"
+        return spliced(torch.from_numpy(filled), reads, size, n_out, TIE, quick=quick)
+    padded = functional.pad(wave, around)
     with torch.no_grad():
         starts = _starts(padded, reads, size, search, exact=exact)
 
