@@ -4,7 +4,8 @@ import errno
 import resource
 import signal
 import struct
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -56,7 +57,19 @@ def test_an_ogg_that_is_cut_off_is_refused(tmp_path, suffix, subtype):
             recordings.list_recordings(path)
     for more in (b"TAG" + bytes(125), bytes(70_000)):  # an ID3 tag, and what hides every page
         path.write_bytes(data + more)
-        assert recordings.list_recordings(path)[0].frames == len(NOISE)
+        found = []
+        with suppress(InputError):  # older libsndfiles find no end there
+            found = recordings.list_recordings(path)
+        assert [r.frames for r in found] in ([], [len(NOISE)])
+
+
+def test_a_recording_without_an_end_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "x.wav"
+    audio.write_wav(path, NOISE, 16000)
+    endless = SimpleNamespace(samplerate=16000, frames=2**63 - 1, channels=1)
+    monkeypatch.setattr(soundfile, "info", lambda _: endless)
+    with pytest.raises(InputError, match="does not say how long it is"):
+        recordings.list_recordings(path)
 
 
 def test_a_chunk_of_odd_length_is_stepped_over(tmp_path):

@@ -39,6 +39,7 @@ SUFFIXES = frozenset(
     )
 )
 MANY = 1000  # recordings whose headers take long enough to read for a bar
+UNKNOWN = 2**62  # frames, and more, are those of older libsndfiles that found no end
 OGG_PAGE = 27 + 255 + 255 * 255  # the most bytes of one
 
 
@@ -234,6 +235,8 @@ def open_recording(path: Path, name: str) -> Recording:
         info = soundfile.info(path)
     except (soundfile.LibsndfileError, OSError) as error:
         raise InputError(f"recording {path} cannot be read: {reason(error)}") from None
+    if info.frames >= UNKNOWN:
+        raise InputError(f"recording {path} does not say how long it is: convert it, say to .wav")
     if not info.frames:
         raise InputError(f"recording {path} is empty: record it again or leave it out")
     return Recording(path, name, info.samplerate, info.frames, info.channels)
